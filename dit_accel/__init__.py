@@ -1,0 +1,17 @@
+"""Make diffusion transformers faster by computing fewer tokens."""
+
+from dit_accel.apply import apply, remove
+from dit_accel.config import TokenCacheConfig
+from dit_accel.report import Report, report
+from dit_accel.selection import SelectionContext, register_selector, selectors
+
+__all__ = [
+    "Report",
+    "SelectionContext",
+    "TokenCacheConfig",
+    "apply",
+    "register_selector",
+    "remove",
+    "report",
+    "selectors",
+]

@@ -1,0 +1,31 @@
+"""Attention received per token, in memory that grows with the tokens alone."""
+
+from __future__ import annotations
+
+import torch
+
+CHUNK = 64  # queries whose attention rows exist at the same time
+QUERIES = 256  # at least so many queries are asked; every one of them where a sequence has fewer than twice as many
+
+
+def query_stride(tokens: int) -> int:
+    """Every how many-th token is asked as a query."""
+    return max(1, tokens // QUERIES)
+
+
+def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Column means of softmax(Q K^T / sqrt(D)) over queries and heads, without the map.
+
+    Args:
+        query: [B, M, H, D], all queries or a sample of them.
+        key: [B, N, H, D].
+
+    Returns:
+        [B, N] in float32; a row sums to 1.
+    """
+    query, key = query.transpose(1, 2).float(), key.permute(0, 2, 3, 1).float()  # [B, H, M, D], [B, H, D, N]
+    scale = query.shape[-1] ** -0.5
+    received = torch.zeros(key.shape[0], key.shape[-1], device=key.device)
+    for part in query.split(CHUNK, dim=2):
+        received += (part * scale @ key).softmax(dim=-1).sum(dim=(1, 2))
+    return received / (query.shape[1] * query.shape[2])

@@ -1,0 +1,33 @@
+"""What the training scripts share: resumable checkpoints and sample sheets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+def save_checkpoint(path: Path, **state: Any) -> None:
+    """Write all of it or nothing: an interrupted run keeps the checkpoint before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def sheet(pictures: torch.Tensor, columns: int, path: Path) -> None:
+    """Save pictures [n, 3, h, w] in -1..1 as one PNG, row by row."""
+    pixels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    h, w = pixels.shape[1:3]
+    page = Image.new("RGB", (columns * w, -(-len(pixels) // columns) * h), "white")
+    for i, tile in enumerate(pixels):
+        page.paste(Image.fromarray(tile), (i % columns * w, i // columns * h))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
