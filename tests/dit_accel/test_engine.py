@@ -44,7 +44,10 @@ def test_flux_equals_the_reference(tiny_flux, settings, text_tokens, batch):
     for step in range(STEPS):
         t = torch.full((batch,), 1 - step / STEPS)
         a = model(ours, text, pooled, t, ids, txt_ids, return_dict=False)[0]
-        rows = [reference.flux_forward(plain, caches[b], theirs[b : b + 1], text[b : b + 1], pooled[b : b + 1], t[:1], ids, txt_ids) for b in range(batch)]
+        rows = [
+            reference.flux_forward(plain, caches[b], theirs[b : b + 1], text[b : b + 1], pooled[b : b + 1], t[:1], ids, txt_ids)
+            for b in range(batch)
+        ]
         ours, theirs = ours - 0.3 * a, theirs - 0.3 * torch.cat(rows)
         assert_close(a, torch.cat(rows))
     assert_close(ours, theirs)
@@ -68,7 +71,10 @@ def test_pixart_equals_the_reference(tiny_pixart, settings, batch):
             ours, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
         )[0]  # fmt: skip
-        rows = [reference.pixart_forward(plain, caches[b], theirs[b : b + 1], text[b : b + 1], mask[b : b + 1], t[:1]) for b in range(batch)]
+        rows = [
+            reference.pixart_forward(plain, caches[b], theirs[b : b + 1], text[b : b + 1], mask[b : b + 1], t[:1])
+            for b in range(batch)
+        ]
         ours, theirs = ours - 0.3 * a, theirs - 0.3 * torch.cat(rows)
         assert_close(a, torch.cat(rows))
     assert_close(ours, theirs)

@@ -1,0 +1,117 @@
+"""Config, schedule, selection, fill and importance, each on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dit_accel
+from dit_accel import TokenCacheConfig, fill, importance, selection
+from dit_accel.schedule import Mode, mode_of, tokens_to_compute
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"interval": 0}, "at least 1"),
+        ({"interval": 2.0}, "whole number"),
+        ({"interval": True}, "whole number"),
+        ({"warmup_steps": 0}, "at least 1"),
+        ({"cache_ratio": 1.1}, "between 0 and 1"),
+        ({"cache_ratio": float("nan")}, "between 0 and 1"),
+        ({"age_weight": -1}, "at least 0"),
+        ({"age_weight": float("nan")}, "at least 0"),
+        ({"text_tokens": "some"}, "select, reuse, full"),
+        ({"selector": "best"}, "random, attention"),
+    ],
+)
+def test_bad_settings_are_explained(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TokenCacheConfig(**settings)
+
+
+def test_config_round_trip_and_unknown_keys():
+    config = TokenCacheConfig(interval=5, selector="attention", text_tokens="full")
+    assert TokenCacheConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="no option ratio; its options are interval"):
+        TokenCacheConfig.from_dict({"ratio": 0.5})
+
+
+def test_published_full_steps():
+    """ToCa on FLUX, 50 steps: 14, 12 and 10 full steps for N = 4, 5, 6; FORA: every N-th."""
+    full = lambda n, w: [s for s in range(50) if mode_of(s, n, w) is Mode.FULL]
+    assert full(4, 3) == [0, 1, 2, *range(6, 50, 4)]
+    assert [len(full(n, 3)) for n in (4, 5, 6)] == [14, 12, 10]
+    assert full(3, 1) == list(range(0, 50, 3))
+
+
+@pytest.mark.parametrize(
+    "share, tokens, k", [(1 - 0.9, 4096, 409), (1 - 0.9, 10, 1), (1 - 0.7, 10, 3), (1.2, 8, 8), (-0.1, 8, 0), (0.19, 10, 1)]
+)
+def test_tokens_to_compute(share, tokens, k):
+    assert tokens_to_compute(share, tokens) == k
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 12), st.data())
+def test_take_and_reuse_against_loops(seed, batch, tokens, data):
+    g = torch.Generator().manual_seed(seed)
+    cached, computed_all = torch.randn(2, batch, tokens, 3, generator=g).unbind()
+    k, rows = data.draw(st.integers(1, tokens)), data.draw(st.sampled_from([1, batch]))
+    index = torch.stack([torch.randperm(tokens, generator=g)[:k] for _ in range(rows)])
+    before = cached.clone()
+    filled = fill.reuse(cached, index, fill.take(computed_all, index))
+    for b in range(batch):
+        chosen = index[b if rows > 1 else 0].tolist()
+        for n in range(tokens):
+            assert torch.equal(filled[b, n], (computed_all if n in chosen else cached)[b, n])
+    assert torch.equal(cached, before)
+
+
+@pytest.mark.parametrize("queries, keys", [(7, 7), (130, 300), (3, 65)])
+def test_attention_received_is_the_column_mean_of_the_map(queries, keys):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, queries, 3, 16, generator=g), torch.randn(2, keys, 3, 16, generator=g)
+    received = importance.attention_received(q, k)
+    # scaled_dot_product_attention with the identity as values returns the map itself.
+    eye = torch.eye(keys).expand(2, 3, keys, keys)
+    maps = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), eye)
+    torch.testing.assert_close(received, maps.mean(dim=(1, 2)))
+    torch.testing.assert_close(received.sum(-1), torch.ones(2))
+
+
+def test_age_and_normalisation_of_scores():
+    scores, ages = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 0.0]])
+    torch.testing.assert_close(selection.total_scores(scores, ages, 0.25, 4), torch.tensor([[0.6 + 0.25 * 2 / 4, 0.8]]))
+    torch.testing.assert_close(selection.total_scores(scores, ages, 0.0, 4), torch.tensor([[0.6, 0.8]]))
+
+
+def test_age_makes_every_token_take_its_turn(tiny_flux):
+    """With a large age weight and a fifth computed, five partial steps in a row compute every token once."""
+    pipe, seen = tiny_flux(layers=1, single_layers=0), []
+
+    @dit_accel.register_selector("recording")
+    def recording(context):
+        "Records what it is asked."
+        if context.stream == "image":
+            seen.append((context.step, context.ages.clone(), context.tokens.shape, context.noise.shape))
+        return context.noise
+
+    try:
+        dit_accel.apply(pipe, TokenCacheConfig(interval=6, cache_ratio=0.8, age_weight=1e3, selector="recording"))
+        pipe("a", height=40, width=64, num_inference_steps=6, max_sequence_length=8, output_type="latent")
+    finally:
+        selection._SELECTORS.pop("recording")
+    assert [step for step, *_ in seen] == [1, 2, 3, 4, 5]
+    for turn, (_, ages, tokens, noise) in enumerate(seen):
+        assert tokens == (1, 40, 32) and noise == (1, 40)
+        counts = [(ages == age).sum().item() for age in range(turn + 1)]
+        assert counts == ([40] if turn == 0 else [8] * turn + [40 - 8 * turn])
+
+
+def test_selector_names():
+    assert {"random", "attention"} <= set(dit_accel.selectors())
+    assert all(dit_accel.selectors().values())
+    with pytest.raises(ValueError, match="another name"):
+        dit_accel.register_selector("random")(lambda context: context.noise)
