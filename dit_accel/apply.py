@@ -19,7 +19,7 @@ HOOK = "dit_accel"
 Model = TypeVar("Model")
 
 
-class _ContextHook(ModelHook):
+class _ContextHook(ModelHook):  # type: ignore[misc]
     """Hears from diffusers which guidance branch is called and when a run ends; changes nothing."""
 
     _is_stateful = True

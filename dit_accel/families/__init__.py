@@ -20,7 +20,7 @@ class Family(Protocol):
         """Put back exactly what was there."""
 
 
-FAMILIES: tuple[Family, ...] = (flux, pixart)  # type: ignore[assignment]
+FAMILIES: tuple[Family, ...] = (flux, pixart)
 
 
 def family_of(transformer: Any) -> Family:

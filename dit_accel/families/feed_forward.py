@@ -10,11 +10,11 @@ from diffusers.models import attention
 from dit_accel.state import Site
 
 
-class FeedForward(attention.FeedForward):  # the name is kept: diffusers and PEFT match modules by it
+class FeedForward(attention.FeedForward):  # type: ignore[misc]  # the name is kept: diffusers and PEFT match modules by it
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         site: Site | None = self.__dict__.get("_dit_accel_site")
         if site is None:
-            return super().forward(hidden_states, *args, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         forward = super().forward
         output: torch.Tensor = site(hidden_states, lambda tokens, take: forward(tokens, *args, **kwargs))
         return output
@@ -27,7 +27,9 @@ def attach(module: Any, site: Site, name: str) -> None:
         TypeError: if it is not diffusers' own class, whose forward is known to work token by token.
     """
     if type(module) is not attention.FeedForward:
-        raise TypeError(f"{name} is a {type(module).__name__}, not diffusers' FeedForward, so it cannot be computed token by token.")
+        raise TypeError(
+            f"{name} is a {type(module).__name__}, not diffusers' FeedForward, so it cannot be computed token by token."
+        )
     if "forward" in vars(module):
         raise TypeError(f"{name}.forward is wrapped, by offloading for example. Call dit_accel.apply before enabling it.")
     module.__class__ = FeedForward

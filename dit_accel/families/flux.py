@@ -79,7 +79,7 @@ class FluxTokenCacheAttnProcessor:
         return attention_received(query, key)
 
 
-class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  # the name is kept: diffusers matches it
+class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
     """The single block with its norm, MLP and output projection computed token by token."""
 
     def forward(

@@ -1,0 +1,98 @@
+"""How much sooner is the picture there? Whole denoising loops, in full and cached, side by side in one process.
+
+    python benchmarks/generation.py --output out/generation.json
+
+For every setting the two are run in turn, so that a machine whose speed drifts slows both; the ratio of each pair counts, and
+the table gives its median and quartiles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import dit_accel
+from dit_accel import TokenCacheConfig
+from pipelines.generation import denoise, settings_for, switch, warm_up
+from pipelines.loading import load
+
+SETTINGS = [
+    TokenCacheConfig(interval=interval, cache_ratio=ratio, selector=selector)
+    for interval in (3, 4, 6)
+    for ratio, selector in ((0.9, "random"), (0.9, "attention"), (1.0, "random"))
+]
+
+
+def main(
+    pipelines: list[str] = typer.Option(
+        ["emoji-flux", "emoji-pixart"], "--pipeline", help="Name, hub id or folder; may be repeated."
+    ),
+    repeats: int = typer.Option(5, min=2, help="Pairs of runs for each setting."),
+    prompt: str = typer.Option("red apple, 3d style"),
+    threads: int = typer.Option(torch.get_num_threads(), help="CPU threads."),
+    output: Path = typer.Option(Path("out/generation.json"), help="Where the measurements are written."),
+) -> None:
+    torch.set_num_threads(threads)
+    table = Table(
+        "pipeline", "steps", "N", "R", "selector", "full s", "cached s", "speed-up", "quartiles", caption="Seconds of denoising."
+    )
+    rows = []
+    for name in pipelines:
+        pipe = load(name)
+        settings = settings_for(pipe, name)
+        for config in track(SETTINGS, description=name):
+            warm_up(pipe, [prompt], config, settings)
+            seconds: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(repeats):
+                for cached in (False, True):
+                    switch(pipe, config if cached else None)
+                    picture = denoise(pipe, [(prompt, 0)], settings, lambda: None, cached)[0]
+                    seconds[cached].append(picture.denoising_seconds)
+            dit_accel.remove(pipe)
+            ratios = [full / cached for full, cached in zip(*seconds.values(), strict=True)]
+            low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            rows.append(
+                {
+                    "pipeline": name,
+                    "steps": settings.steps,
+                    "config": config.to_dict(),
+                    "full": seconds[False],
+                    "cached": seconds[True],
+                    "speedup": [low, median, high],
+                }
+            )
+            table.add_row(
+                name, f"{settings.steps}", f"{config.interval}", f"{config.cache_ratio:g}", config.selector,
+                f"{statistics.median(seconds[False]):.2f}", f"{statistics.median(seconds[True]):.2f}", f"{median:.2f}x", f"{low:.2f}-{high:.2f}",
+            )  # fmt: skip
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": threads}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    packages = {package: version(package) for package in ("dit-accel", "torch", "diffusers", "transformers")}
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine,
+        "versions": packages,
+        "rows": rows,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1))
+    os.replace(part, output)
+    Console().print(table)
+    typer.echo(f"Measurements: {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
