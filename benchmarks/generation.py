@@ -72,10 +72,9 @@ def main(
                     "speedup": [low, median, high],
                 }
             )
-            table.add_row(
-                name, f"{settings.steps}", f"{config.interval}", f"{config.cache_ratio:g}", config.selector,
-                f"{statistics.median(seconds[False]):.2f}", f"{statistics.median(seconds[True]):.2f}", f"{median:.2f}x", f"{low:.2f}-{high:.2f}",
-            )  # fmt: skip
+            medians = [f"{statistics.median(times):.2f}" for times in seconds.values()]
+            setting = [f"{config.interval}", f"{config.cache_ratio:g}", config.selector]
+            table.add_row(name, f"{settings.steps}", *setting, *medians, f"{median:.2f}x", f"{low:.2f}-{high:.2f}")
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": threads}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()

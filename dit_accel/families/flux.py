@@ -64,7 +64,10 @@ class FluxTokenCacheAttnProcessor:
         """Attention received, [B, T + N]: all keys, every stride-th token of either stream as a query."""
         total = hidden.shape[1] + (text.shape[1] if text is not None else 0)
         stride = query_stride(total)
-        heads = lambda x: x.unflatten(-1, (-1, attn.head_dim))  # noqa: E731
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.view(*x.shape[:-1], -1, attn.head_dim)
+
         query, key = attn.norm_q(heads(attn.to_q(hidden[:, ::stride]))), attn.norm_k(heads(attn.to_k(hidden)))
         places = torch.arange(0, hidden.shape[1], stride, device=hidden.device)
         if text is not None:
