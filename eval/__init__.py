@@ -1,0 +1,1 @@
+"""How good and how fast accelerated pictures are: rewards, fidelity, cost and statistics."""

@@ -1,0 +1,54 @@
+"""The pipelines that are known by name, and what each is best called with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SUPPORTED = ("FluxPipeline", "PixArtSigmaPipeline", "PixArtAlphaPipeline")
+
+
+def samples_folder() -> Path:
+    """Where the embedded pipelines lie: beside the package in a checkout, inside it in an installation."""
+    inside = Path(__file__).parent / "samples"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "samples"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pipeline and the settings it was made for. `size` is the side of the square picture, in pixels."""
+
+    name: str
+    pipeline_class: str
+    about: str
+    steps: int
+    guidance: float
+    size: int
+    max_sequence_length: int
+    embedded: bool = False
+
+    @property
+    def source(self) -> str:
+        """A folder for an embedded pipeline, else the hub id."""
+        return str(samples_folder() / self.name) if self.embedded else self.name
+
+
+CATALOG: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry("emoji-flux", "FluxPipeline", "small FLUX trained on emoji, no download", 28, 1.0, 128, 16, embedded=True),
+        Entry("emoji-pixart", "PixArtSigmaPipeline", "small PixArt trained on emoji, no download", 20, 3.0, 128, 16, embedded=True),
+        Entry("black-forest-labs/FLUX.1-dev", "FluxPipeline", "12 B parameters, gated", 50, 3.5, 1024, 512),
+        Entry("black-forest-labs/FLUX.1-schnell", "FluxPipeline", "12 B parameters, four steps", 4, 0.0, 1024, 256),
+        Entry("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArtSigmaPipeline", "0.6 B parameters", 20, 4.5, 1024, 300),
+        Entry("PixArt-alpha/PixArt-XL-2-1024-MS", "PixArtAlphaPipeline", "0.6 B parameters", 20, 4.5, 1024, 120),
+    )
+}
+
+
+def find(name_or_path: str) -> Entry | None:
+    """The entry of a name, of a hub id, or of the folder of an embedded pipeline; None for any other pipeline."""
+    if name_or_path in CATALOG:
+        return CATALOG[name_or_path]
+    path = Path(name_or_path).resolve()
+    return next((e for e in CATALOG.values() if e.embedded and Path(e.source).resolve() == path), None)

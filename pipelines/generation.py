@@ -1,0 +1,234 @@
+"""Make pictures: the same noise for the same seed whatever the batch, timed, alone or beside their uncached twins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+
+import dit_accel
+from dit_accel import TokenCacheConfig
+from pipelines.catalog import find
+from pipelines.prompts import t5_tokenizer
+
+OnStep = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one picture depends on besides its prompt and the cache.
+
+    The i-th picture of a prompt has its noise from seed + i. `batch_size` pictures are denoised together.
+    """
+
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    max_sequence_length: int
+    seed: int = 0
+    num_images: int = 1
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "height", "width", "max_sequence_length", "num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance must be a finite number of at least 0, not {self.guidance}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, not {self.seed}.")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture. Pictures made together share the time of their batch evenly; `work` sums up what the cache did."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    seconds: float
+    denoising_seconds: float
+    work: dict[str, Any] | None = None
+
+
+def is_flux(pipe: Any) -> bool:
+    return type(pipe).__name__.startswith("Flux")
+
+
+def settings_for(pipe: Any, name_or_path: str, **given: Any) -> Settings:
+    """The settings a pipeline is best called with, and on top of them those `given` that are not None."""
+    if entry := find(name_or_path):
+        best = dict(steps=entry.steps, guidance=entry.guidance, max_sequence_length=entry.max_sequence_length)
+        best |= dict(height=entry.size, width=entry.size)
+    elif is_flux(pipe):
+        distilled = pipe.transformer.config.guidance_embeds  # as FLUX.1-dev; without it, as FLUX.1-schnell
+        best = (
+            dict(steps=28, guidance=3.5, max_sequence_length=512)
+            if distilled
+            else dict(steps=4, guidance=0.0, max_sequence_length=256)
+        )
+        best |= dict.fromkeys(("height", "width"), pipe.default_sample_size * pipe.vae_scale_factor)
+    else:
+        best = dict(steps=20, guidance=4.5, max_sequence_length=120 if "Alpha" in type(pipe).__name__ else 300)
+        best |= dict.fromkeys(("height", "width"), pipe.transformer.config.sample_size * pipe.vae_scale_factor)
+    best["max_sequence_length"] = min(best["max_sequence_length"], t5_tokenizer(pipe).model_max_length)
+    settings = Settings(**best | {name: value for name, value in given.items() if value is not None})
+    token = pipe.vae_scale_factor * (2 if is_flux(pipe) else pipe.transformer.config.patch_size)
+    if settings.height % token or settings.width % token:
+        raise ValueError(
+            f"height and width must be multiples of {token} for this pipeline, not {settings.height} and {settings.width}."
+        )
+    return settings
+
+
+def call_arguments(pipe: Any, settings: Settings, on_step: OnStep) -> dict[str, Any]:
+    """Settings in the words of the pipeline's `__call__`."""
+    arguments: dict[str, Any] = dict(
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        height=settings.height,
+        width=settings.width,
+        max_sequence_length=settings.max_sequence_length,
+    )
+    if not is_flux(pipe):
+        # Binning would compute another size than asked for; cleaning would depend on which packages are installed.
+        return arguments | dict(
+            use_resolution_binning=False, clean_caption=False, callback=lambda step, t, latents: on_step(), callback_steps=1
+        )
+    if not pipe.transformer.config.guidance_embeds and settings.guidance > 1:
+        arguments |= dict(true_cfg_scale=settings.guidance, negative_prompt="")
+
+    def callback(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        return tensors
+
+    return arguments | dict(callback_on_step_end=callback)
+
+
+class DenoisingClock:
+    """Seconds from the start of the transformer's first call to the end of its last one, inside a `with` block."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.transformer, self.device = pipe.transformer, torch.device(pipe._execution_device)
+        self.first: Any = None
+        self.last: Any = None
+
+    def now(self) -> Any:
+        if self.device.type == "cuda":  # an event does not make the CPU wait, so the measurement costs nothing
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            return event
+        if self.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    def begin(self, *_: Any) -> None:
+        if self.first is None:
+            self.first = self.now()
+
+    def end(self, *_: Any) -> None:
+        self.last = self.now()
+
+    def __enter__(self) -> DenoisingClock:
+        self.handles = [
+            self.transformer.register_forward_pre_hook(self.begin, prepend=True),
+            self.transformer.register_forward_hook(self.end),
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def seconds(self) -> float:
+        if isinstance(self.first, float):
+            return float(self.last - self.first)
+        self.last.synchronize()
+        return float(self.first.elapsed_time(self.last)) / 1000
+
+
+def denoise(pipe: Any, batch: list[tuple[str, int]], settings: Settings, on_step: OnStep, cached: bool) -> list[Picture]:
+    """The pictures of (prompt, seed) pairs, denoised together."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
+    arguments = call_arguments(pipe, settings, on_step)
+    start = time.perf_counter()
+    with DenoisingClock(pipe) as clock:
+        images = pipe([prompt for prompt, _ in batch], generator=generators, **arguments).images
+    seconds = time.perf_counter() - start  # the pictures are on the CPU by now, so the device has finished
+    work = dit_accel.report(pipe).to_dict() if cached else None
+    if work is not None:
+        work.pop("calls", None)
+    return [
+        Picture(image, prompt, seed, seconds / len(batch), clock.seconds / len(batch), work)
+        for image, (prompt, seed) in zip(images, batch, strict=True)
+    ]
+
+
+def batches(prompts: list[str], settings: Settings) -> Iterator[list[tuple[str, int]]]:
+    pairs = ((prompt, settings.seed + i) for prompt in prompts for i in range(settings.num_images))
+    while batch := list(islice(pairs, settings.batch_size)):
+        yield batch
+
+
+def generate(
+    pipe: Any, prompts: list[str], config: TokenCacheConfig | None, settings: Settings, on_step: OnStep = lambda: None
+) -> Iterator[Picture]:
+    """Pictures of the prompts as they are finished, `num_images` each.
+
+    Args:
+        pipe: a pipeline of `pipelines.loading.load`.
+        prompts: what to make.
+        config: how to cache tokens; None computes everything.
+        settings: see `settings_for`.
+        on_step: called after every denoising step of a batch.
+    """
+    switch(pipe, config)
+    try:
+        for batch in batches(prompts, settings):
+            yield from denoise(pipe, batch, settings, on_step, config is not None)
+    finally:
+        dit_accel.remove(pipe)
+
+
+def compare(
+    pipe: Any, prompts: list[str], config: TokenCacheConfig, settings: Settings, on_step: OnStep = lambda: None
+) -> Iterator[tuple[Picture, Picture]]:
+    """Pairs (in full, with the cache) from the same noise, timed one after the other in this process after a warm-up.
+
+    Arguments as for `generate`; a batch takes twice `steps` denoising steps.
+    """
+    try:
+        warm_up(pipe, prompts, config, settings)
+        for batch in batches(prompts, settings):
+            switch(pipe, None)
+            full = denoise(pipe, batch, settings, on_step, cached=False)
+            switch(pipe, config)
+            yield from zip(full, denoise(pipe, batch, settings, on_step, cached=True), strict=True)
+    finally:
+        dit_accel.remove(pipe)
+
+
+def switch(pipe: Any, config: TokenCacheConfig | None) -> None:
+    if config is None:
+        dit_accel.remove(pipe)
+    else:
+        dit_accel.apply(pipe, config)
+
+
+def warm_up(pipe: Any, prompts: list[str], config: TokenCacheConfig, settings: Settings) -> None:
+    """A short run in full and one with the cache up to its first partial step: neither then pays for first-time work."""
+    arguments = call_arguments(pipe, settings, lambda: None)
+    arguments["num_inference_steps"] = min(config.warmup_steps + 1, settings.steps)
+    batch = next(batches(prompts, settings))
+    pipe.set_progress_bar_config(disable=True)
+    for kind in (None, config):
+        switch(pipe, kind)
+        pipe([prompt for prompt, _ in batch], generator=torch.Generator("cpu").manual_seed(0), **arguments)

@@ -1,0 +1,46 @@
+"""Tiny pipelines on disk, and the command run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+
+
+@pytest.fixture(scope="session")
+def flux_path(tiny_flux, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pipelines") / "tiny-flux"
+    tiny_flux().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pixart_path(tiny_pixart, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pipelines") / "tiny-pixart"
+    tiny_pixart().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run() -> Callable:
+    """`run("generate", ...)` gives the result of the command: exit_code, stdout, stderr."""
+
+    def command(*arguments: object):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="dit-accel", env={"COLUMNS": "200"})
+
+    return command
+
+
+@pytest.fixture
+def make(run, flux_path, tmp_path) -> Callable:
+    """`make(prompt, ...)` is `dit-accel generate` on the tiny FLUX, small and short, into tmp_path / "out"."""
+
+    def generate(*arguments: object, pipeline: Path = flux_path):
+        small = ("--height", 64, "--width", 48, "--steps", 3, "--output", tmp_path / "out")
+        return run("generate", "--pipeline", pipeline, *small, *arguments)
+
+    return generate

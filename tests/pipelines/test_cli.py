@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import generation, job
+from pipelines.loading import load
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=np.float64)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_generate_writes_a_picture_with_its_settings(make, tmp_path, flux_path):
+    result = make("red apple, 3d style", "--seed", 3, "--interval", 2, "--cache-ratio", 0.5, "--warmup-steps", 1)
+    assert result.exit_code == 0, result.stderr
+    out = tmp_path / "out"
+    assert names(out) == ["red-apple-3d-style-seed3.json", "red-apple-3d-style-seed3.png"]
+    record = json.loads((out / "red-apple-3d-style-seed3.json").read_text())
+    assert record["prompt"] == "red apple, 3d style" and record["seed"] == 3 and record["steps"] == 3
+    assert (record["height"], record["width"]) == (64, 48)
+    assert record["pipeline"] == str(flux_path) and record["dtype"] == "float32" and record["device"] == "cpu"
+    assert record["method"] == "token-cache"
+    assert record["cache"]["interval"] == 2 and record["cache"]["cache_ratio"] == 0.5 and record["cache"]["selector"] == "random"
+    assert record["work"]["full_steps"] == 2 and record["work"]["partial_steps"] == 1
+    assert record["seconds"] >= record["denoising_seconds"] > 0
+    assert set(record["versions"]) >= {"dit-accel", "torch", "diffusers"}
+    image = Image.open(out / "red-apple-3d-style-seed3.png")
+    assert image.size == (48, 64)
+    assert image.text["prompt"] == record["prompt"]
+    assert {k: json.loads(v) for k, v in image.text.items() if not isinstance(record[k], str)} == {
+        k: v for k, v in record.items() if not isinstance(v, str)
+    }
+    assert "red-apple-3d-style-seed3.png" in result.stdout
+
+
+def test_the_picture_is_that_of_the_plain_pipeline(make, tmp_path, flux_path):
+    assert make("red apple", "--method", "none", "--seed", 1).exit_code == 0
+    pipe = load(str(flux_path))
+    settings = generation.settings_for(pipe, "tiny", height=64, width=48, steps=3, seed=1)
+    arguments = dict(height=64, width=48, num_inference_steps=3, guidance_scale=0.0, max_sequence_length=8)
+    import torch
+
+    direct = pipe("red apple", generator=torch.Generator().manual_seed(1), **arguments).images[0]
+    assert settings.guidance == 0.0
+    assert np.array_equal(pixels(tmp_path / "out/red-apple-seed1.png"), np.asarray(direct))
+
+
+def test_prompts_from_a_file_and_from_the_line(make, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("# two\nblue tiger\ngreen teapot\n")
+    result = make("red apple", "--prompts-file", file, "--num-images", 2, "--batch-size", 4)
+    assert result.exit_code == 0, result.stderr
+    pngs = [name for name in names(tmp_path / "out") if name.endswith(".png")]
+    assert pngs == [f"{slug}-seed{i}.png" for slug in ("blue-tiger", "green-teapot", "red-apple") for i in range(2)]
+
+
+def test_nothing_is_overwritten(make, tmp_path):
+    for _ in range(2):
+        assert make("red", "red").exit_code == 0
+    pngs = [name for name in names(tmp_path / "out") if name.endswith(".png")]
+    assert pngs == ["red-seed0-2.png", "red-seed0-3.png", "red-seed0-4.png", "red-seed0.png"]
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_compare(make, tmp_path, flux_path, pixart_path, family):
+    path = {"flux": flux_path, "pixart": pixart_path}[family]
+    result = make("red apple", "--compare", "--steps", 6, "--interval", 3, pipeline=path)
+    assert result.exit_code == 0, result.stderr
+    out = tmp_path / "out"
+    assert [name for name in names(out) if name.endswith(".png")] == [
+        f"red-apple-seed0{end}.png" for end in ("-compare", "-full", "")
+    ]
+    a, b = pixels(out / "red-apple-seed0-full.png"), pixels(out / "red-apple-seed0.png")
+    expected = 10 * math.log10(255**2 / ((a - b) ** 2).mean())
+    comparison = json.loads((out / "red-apple-seed0-compare.json").read_text())["comparison"]
+    assert comparison["psnr_db"] == pytest.approx(expected) and not comparison["identical"]
+    assert f"{expected:.1f} dB" in result.stdout and f"{comparison['speedup_denoising']:.2f}x" in result.stdout
+    assert json.loads((out / "red-apple-seed0-full.json").read_text())["method"] == "none"
+
+
+def test_compare_of_the_same_work_is_called_identical(make, tmp_path):
+    result = make("red apple", "--compare", "--interval", 1)
+    assert "identical" in result.stdout
+    comparison = json.loads((tmp_path / "out/red-apple-seed0-compare.json").read_text())["comparison"]
+    assert comparison["identical"] and comparison["psnr_db"] is None
+
+
+def test_unknown_words_and_cut_prompts_are_reported(make):
+    result = make("red zebra", "a a a a a a a blue tiger", "--method", "none")
+    assert result.exit_code == 0
+    assert re.search(r"Warning: \S*tiny-flux does not know zebra in 'red zebra'", result.stderr.replace("\n", ""))
+    assert "does not see 'blue tiger'" in result.stderr.replace("\n", "").replace("  ", " ")
+    assert result.stderr.count("Warning") == 2
+    assert "Warning" not in make("red apple", "--method", "none").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Give at least one prompt"),
+        (("",), "Give at least one prompt"),
+        (("red", "--interval", 0), "interval must be"),
+        (("red", "--cache-ratio", 1.5), "cache_ratio is"),
+        (("red", "--selector", "best"), "There is no selector 'best'"),
+        (("red", "--method", "none", "--selector", "random"), "--selector needs a cache"),
+        (("red", "--method", "none", "--compare"), "--compare needs a cache"),
+        (("red", "--steps", 0), "steps must be at least 1"),
+        (("red", "--height", 63), "multiples of 8"),
+        (("red", "--dtype", "float8"), "dtype is 'float8'"),
+        (("red", "--offload", "model", "--device", "cpu"), "needs a GPU"),
+        (("red", "--method", "magic"), "magic"),
+        (("red", "--bogus"), "No such option"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(make, tmp_path, arguments, message):
+    result = make(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_what_goes_wrong_is_exit_code_1_and_one_sentence(run, make, tmp_path, monkeypatch):
+    for arguments in (("red", "--pipeline", "nothing"), ("red", "--pipeline", tmp_path), ("--prompts-file", tmp_path / "none.txt")):
+        result = run("generate", *arguments)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Error: ") and result.stderr.rstrip().endswith(".") and "Traceback" not in result.stderr
+
+    def fail(*_):
+        raise RuntimeError("the disk is full\nand more")
+
+    monkeypatch.setattr(job, "save", fail)
+    result = make("red")
+    assert result.exit_code == 1 and "RuntimeError: the disk is full (--debug shows where)" in result.stderr
+    debugged = make("red", "--debug")
+    assert isinstance(debugged.exception, RuntimeError)
+
+
+def test_ctrl_c_keeps_whole_pictures_only(make, tmp_path, monkeypatch):
+    denoise, calls = generation.denoise, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return denoise(*args, **kwargs)
+
+    monkeypatch.setattr(generation, "denoise", interrupted)
+    result = make("red apple", "blue tiger", "green teapot")
+    assert result.exit_code == 130 and "Traceback" not in result.stderr
+    assert names(tmp_path / "out") == ["red-apple-seed0.json", "red-apple-seed0.png"]
+    Image.open(tmp_path / "out/red-apple-seed0.png").load()
+
+
+def test_demo(run, tmp_path, flux_path, pixart_path):
+    arguments = ("--prompt", "red apple", "--prompt", "blue tiger", "--height", 64, "--width", 64, "--output", tmp_path / "demo")
+    for _ in range(2):
+        result = run("demo", "--pipeline", flux_path, "--pipeline", pixart_path, *arguments)
+        assert result.exit_code == 0, result.stderr
+    for text in ("pipeline", "prompt", "seconds full", "seconds cached", "speed-up", "PSNR", "picture"):
+        assert text in result.stdout
+    assert result.stdout.count("red apple") == 2 and result.stdout.count("-compare.png") == 4
+    record = json.loads((tmp_path / "demo/tiny-pixart/blue-tiger-seed0.json").read_text())
+    assert (record["cache"]["interval"], record["cache"]["cache_ratio"]) == (4, 0.9)
+    assert len(names(tmp_path / "demo/tiny-flux")) == 12, "running it again must replace the pictures"
+
+
+def test_lists(run):
+    import dit_accel
+    from pipelines.catalog import CATALOG
+
+    result = run("pipelines")
+    assert result.exit_code == 0 and all(name in result.stdout for name in CATALOG)
+    result = run("selectors")
+    assert result.exit_code == 0
+    assert all(name in result.stdout and about in result.stdout for name, about in dit_accel.selectors().items())
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    for arguments in (["--help"], ["generate", "--help"], ["--version"], ["pipelines"]):
+        code = f"""
+import sys
+sys.argv = ["dit-accel", *{arguments!r}]
+from pipelines.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+assert "torch" not in sys.modules and "diffusers" not in sys.modules
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()

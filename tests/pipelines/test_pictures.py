@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused, write_atomically
+
+
+def noise_image(seed: int, size: tuple[int, int] = (20, 12)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def test_psnr_of_a_constant_difference():
+    a = Image.new("RGB", (8, 8), (100, 100, 100))
+    b = Image.new("RGB", (8, 8), (110, 110, 110))
+    assert psnr(a, b) == pytest.approx(20 * math.log10(255 / 10))
+
+
+def test_psnr_does_not_wrap_around():
+    black, white = Image.new("RGB", (4, 4), "black"), Image.new("RGB", (4, 4), "white")
+    assert psnr(black, white) == pytest.approx(0) == psnr(white, black)
+
+
+def test_identical_pictures_are_called_so():
+    assert psnr(noise_image(0), noise_image(0)) == math.inf
+    assert psnr_text(math.inf) == "identical"
+
+
+def test_save_puts_the_record_into_the_png_and_beside_it(tmp_path):
+    record = {"prompt": "rød æble 🍎", "steps": 3, "cache": {"interval": 4}, "work": None}
+    path = tmp_path / "new" / "a.png"
+    save(noise_image(0), path, record)
+    image = Image.open(path)
+    assert np.array_equal(np.asarray(image), np.asarray(noise_image(0)))
+    assert image.text["prompt"] == record["prompt"]
+    assert {key: json.loads(image.text[key]) for key in ("steps", "cache", "work")} == {
+        k: record[k] for k in ("steps", "cache", "work")
+    }
+    assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) == record
+
+
+@pytest.mark.parametrize("broken", ["write", "replace"])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if broken == "replace":
+        monkeypatch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(path, b"new")
+    else:
+        with pytest.raises(TypeError):
+            write_atomically(path, "not bytes")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    write_atomically(tmp_path / "ours", b"")
+    (tmp_path / "usual").write_bytes(b"")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_names(tmp_path):
+    assert stem("Red apple, 3d style!", 7) == "red-apple-3d-style-seed7"
+    taken: set[str] = set()
+    (tmp_path / "a-2.json").write_text("")
+    assert [unused(tmp_path, "a", taken) for _ in range(3)] == ["a", "a-3", "a-4"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(), st.integers(0, 2**63 - 1))
+def test_a_name_is_one_short_file_name(prompt, seed):
+    name = stem(prompt, seed)
+    assert name == os.path.basename(name) and not name.startswith((".", "-")) and len(name.encode()) < 100
+
+
+def test_side_by_side_shows_both_pictures_enlarged_and_labels_them():
+    a, b = noise_image(0), noise_image(1)
+    page = side_by_side("a very long prompt " * 10, [(a, ["in full", "1 s"]), (b, ["cached"])])
+    pixels = np.asarray(page)
+    factor = -(-320 // 12)
+    for picture in (a, b):
+        large = np.asarray(picture).repeat(factor, 0).repeat(factor, 1)
+        row, column = large.shape[:2]
+        windows = np.lib.stride_tricks.sliding_window_view(pixels[:, :, 0], (1, column))[:, :, 0]
+        assert (windows == large[0, :, 0]).all(-1).any(), "the picture is not on the page"
+        assert page.height > row
+    unlabelled = np.asarray(side_by_side("a very long prompt " * 10, [(a, ["", ""]), (b, [""])]))
+    assert (pixels != unlabelled).any()

@@ -1,0 +1,61 @@
+"""The architecture, held by reading the imports of every module."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ("dit_accel", "pipelines", "eval")  # each may import itself and what stands before it
+PURE = ("config", "schedule", "selection", "importance", "merging")
+MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports anywhere, inside functions too; relative ones are resolved."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def top_levels(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_run_one_way(path: Path) -> None:
+    """eval -> pipelines -> dit_accel, and nothing that ships imports the tests, the benchmarks or the training scripts."""
+    layer = LAYERS.index(path.relative_to(ROOT).parts[0])
+    forbidden = {*LAYERS[layer + 1 :], "tests", "benchmarks", "samples"}
+    assert not top_levels(path) & forbidden
+
+
+def test_pure_maths_imports_no_diffusers() -> None:
+    """Neither directly nor through another module of dit_accel that they import."""
+    for name in PURE:
+        path = ROOT / "dit_accel" / f"{name}.py"
+        seen, waiting = set(), [path] if path.exists() else []
+        while waiting:
+            module = waiting.pop()
+            seen.add(module)
+            assert not top_levels(module) & {"diffusers", "transformers"}, (
+                f"{module.name}, which {name}.py needs, imports diffusers"
+            )
+            for imported in imports(module):
+                target = ROOT / Path(*imported.split(".")).with_suffix(".py")
+                if imported.startswith("dit_accel.") and target.exists() and target not in seen:
+                    waiting.append(target)
+
+
+def test_files_stay_small() -> None:
+    long = {path.relative_to(ROOT).as_posix(): n for path in MODULES if (n := len(path.read_text().splitlines())) > 300}
+    assert not long
