@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import typer
-from common import load_checkpoint, save_checkpoint, sheet
-from data import WORK, pictures
 from diffusers import AutoencoderTiny
 from rich.progress import Progress, TimeRemainingColumn
+
+from common import load_checkpoint, save_checkpoint, sheet
+from data import WORK, pictures
 
 SETS = ("noto", "noto-v1", "fluent-flat", "fluent-3d")
 
@@ -93,7 +94,9 @@ def main(
             running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
             progress.update(bar, completed=spent, note=f"step {step}, loss {running:.4f}")
             if spent - saved > 120:
-                save_checkpoint(path, vae=vae.state_dict(), norm=norm.state_dict(), optimizer=optimizer.state_dict(), spent=spent, step=step)
+                save_checkpoint(
+                    path, vae=vae.state_dict(), norm=norm.state_dict(), optimizer=optimizer.state_dict(), spent=spent, step=step
+                )
                 saved = spent
     with torch.no_grad():  # z' = (z - mean) / std, as weights
         std = (norm.running_var + norm.eps).sqrt()

@@ -1,7 +1,7 @@
 """Measure a pipeline: one picture for every (concept, style) pair, named by the judge.
 
     python samples/training/measure.py samples/emoji-flux
-    python samples/training/measure.py --checkpoint flux --every 6      # how far is the training?
+    python samples/training/measure.py --checkpoint flux --every 6 --size 64      # how far is the training?
 
 Writes measured.json into the pipeline's folder and a labelled contact sheet beside it. With --checkpoint it only prints, and
 saves the sheet with the training's sample sheets.
@@ -10,12 +10,13 @@ saves the sheet with the training's sample sheets.
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
 import torch
 import typer
-from diffusers import AutoencoderTiny, DiffusionPipeline, PixArtSigmaPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, FluxPipeline, PixArtSigmaPipeline
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
@@ -40,12 +41,20 @@ def from_checkpoint(family: str) -> tuple[DiffusionPipeline, int]:
     return model.eval().pipeline(AutoencoderTiny.from_pretrained(WORK / "vae").eval()), state["done"]
 
 
+def spread_ids(batch: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """FLUX's image ids with a small picture laid on the grid of the large one, as in the first stage of train.py."""
+    ids = FluxPipeline._prepare_latent_image_ids(batch, height, width, device, torch.float32)
+    scale = torch.tensor([1.0, SIZE / (8 * height), SIZE / (8 * width)], device=device)
+    ids[:, 1:] = ((ids + 0.5) * scale - 0.5)[:, 1:]
+    return ids.to(dtype)
+
+
 @torch.no_grad()
 def generate(
     pipe: DiffusionPipeline, rows: list[tuple[int, Concept, str]], size: int, steps: int, guidance: float, seed: int
 ) -> torch.Tensor:
     """Pictures [n, 3, size, size] in 0..1; row (index, concept, style) starts from the noise of seed + index."""
-    extra = {"use_resolution_binning": False} if isinstance(pipe, PixArtSigmaPipeline) else {}
+    extra = {"use_resolution_binning": False, "clean_caption": False} if isinstance(pipe, PixArtSigmaPipeline) else {}
     return pipe(
         [prompt(concept, style) for _, concept, style in rows],
         height=size,
@@ -89,7 +98,7 @@ def shares(ranks: list[int]) -> dict[str, float]:
 def main(
     folder: Path = typer.Argument(None, help="Pipeline folder in diffusers format."),
     checkpoint: str = typer.Option(None, help="flux or pixart: measure the training's latest checkpoint instead."),
-    every: int = typer.Option(1, help="Take every K-th pair."),
+    every: int = typer.Option(1, help="Take one pair in K, whatever concepts and styles come."),
     seed: int = typer.Option(0),
     size: int = typer.Option(SIZE, help="Side in pixels; a checkpoint that has only seen 64 px wants 64."),
     steps: int = typer.Option(None, help="[default: the family's]"),
@@ -104,6 +113,8 @@ def main(
     done = None
     if checkpoint:
         pipe, done = from_checkpoint(checkpoint)
+        if checkpoint == "flux":
+            pipe._prepare_latent_image_ids = spread_ids
     else:
         pipe = DiffusionPipeline.from_pretrained(folder)
     family = FAMILIES["pixart" if isinstance(pipe, PixArtSigmaPipeline) else "flux"]
@@ -113,7 +124,8 @@ def main(
 
     held = {(c.code, style) for c, style in pairs()[1]}
     everything = [(c, style) for c in concepts() for style in STYLES]
-    rows = [(index, c, style) for index, (c, style) in enumerate(everything)][::every]
+    chosen = sorted(random.Random(0).sample(range(len(everything)), len(everything) // every))
+    rows = [(index, *everything[index]) for index in chosen]
     parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     pictures = torch.cat([generate(pipe, part, size, steps, guidance, seed) for part in track(parts, "pictures")])
     with torch.no_grad():
@@ -140,9 +152,7 @@ def main(
     if folder and every == 1:
         (folder / "measured.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     page = folder.with_suffix(".png") if folder else WORK / f"sheets/measured-{checkpoint}-{done:07d}.png"
-    contact_sheet(
-        pictures, [f"{c.name}, {style}" for _, c, style in rows], [r > 0 for r in ranks], 18 if every == 1 else 12, 64, page
-    )
+    contact_sheet(pictures, [c.name for _, c, _ in rows], [r > 0 for r in ranks], 18 if every == 1 else 12, 64, page)
     typer.echo(f"contact sheet: {page}" + ("" if done is None else f" ({done} pictures seen)"))
 
 

@@ -18,10 +18,11 @@ import numpy as np
 import resvg_py
 import torch
 import typer
-from data import WORK, concepts
 from PIL import Image
 from rich.progress import track
 from safetensors.torch import save_file
+
+from data import WORK, concepts
 
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -58,7 +59,9 @@ def svg_of(icons: dict, name: str) -> str | None:
         return None
     width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
+    )
 
 
 def on_white(data: bytes, size: int) -> np.ndarray:

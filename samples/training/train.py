@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import typer
-from common import load_checkpoint, save_checkpoint, sheet
-from data import STYLES, WORK, caption, pairs, pictures, prompt
 from diffusers import (
     AutoencoderTiny,
     DPMSolverMultistepScheduler,
@@ -29,6 +28,9 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from rich.progress import Progress, TimeElapsedColumn
+
+from common import load_checkpoint, save_checkpoint, sheet
+from data import STYLES, WORK, caption, pairs, pictures, prompt
 from text import LENGTH, WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 
 DROPOUT = 0.07  # share of empty captions, for classifier-free guidance
@@ -169,6 +171,19 @@ def encode_pictures(vae: AutoencoderTiny, rows: list, size: int) -> torch.Tensor
     return torch.cat([vae.encode(part).latents for part in pixels.split(32)])
 
 
+def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> None:
+    """In diffusers format, with its model card; the transformer in bfloat16, which halves the folder."""
+    pipe.transformer.to(torch.bfloat16)
+    pipe.save_pretrained(folder)
+    config = folder / "vae/config.json"  # AutoencoderTiny writes a key that it then warns about when it is loaded
+    settings = json.loads(config.read_text())
+    settings.pop("block_out_channels", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n")
+    card = Path(__file__).parent.parent / f"{folder.name}.md"
+    if card.exists():
+        shutil.copy(card, folder / "README.md")
+
+
 def learning_rate(done: float, stage_one: float, total: float) -> float:
     """Share of the peak: flat through stage one, then falling in a line to a fiftieth."""
     if done < 1600:
@@ -182,12 +197,13 @@ def main(
     samples_128: int = typer.Option(20_000, help="Pictures seen after that at 128 px (256 image tokens)."),
     batch: int = typer.Option(32),
     lr: float = typer.Option(1e-3),
-    threads: int = typer.Option(torch.get_num_threads()),
+    threads: int = typer.Option(torch.get_num_threads(), help="CPU threads; two trainings side by side want one each."),
     checkpoint_minutes: float = typer.Option(4.0),
     vae_path: Path = typer.Option(WORK / "vae"),
     out: Path = typer.Option(None, help="Folder of the finished pipeline [default: the checkpoints' folder]"),
 ) -> None:
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # decayed optimizer states become numbers that x86 multiplies slowly
     torch.manual_seed(0)
     out = out or WORK / f"emoji-{family}"
     model = {"flux": Flux, "pixart": PixArt}[family]()
@@ -244,7 +260,7 @@ def main(
                 write_sheet(size)
                 saved = time.monotonic()
     swap_average()
-    model.eval().pipeline(vae).to(torch.float32).save_pretrained(out)
+    save_pipeline(model.eval().pipeline(vae), out)
     typer.echo(f"{family}: {done} samples, {(spent + time.monotonic() - clock) / 60:.0f} minutes, saved to {out}")
 
 
