@@ -23,7 +23,7 @@ from rich.progress import track
 from common import load_checkpoint
 from data import STYLES, WORK, Concept, concepts, pairs, prompt
 from judge import OUT, load_judge
-from train import Flux, PixArt
+from train import Flux, PixArt, image_places
 
 SIZE, LENGTH = 128, 16
 FAMILIES = {"flux": Flux, "pixart": PixArt}
@@ -39,14 +39,6 @@ def from_checkpoint(family: str) -> tuple[DiffusionPipeline, int]:
     for p, average in zip(model.parameters(), state["average"], strict=True):
         p.data.copy_(average)
     return model.eval().pipeline(AutoencoderTiny.from_pretrained(WORK / "vae").eval()), state["done"]
-
-
-def spread_ids(batch: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """FLUX's image ids with a small picture laid on the grid of the large one, as in the first stage of train.py."""
-    ids = FluxPipeline._prepare_latent_image_ids(batch, height, width, device, torch.float32)
-    scale = torch.tensor([1.0, SIZE / (8 * height), SIZE / (8 * width)], device=device)
-    ids[:, 1:] = ((ids + 0.5) * scale - 0.5)[:, 1:]
-    return ids.to(dtype)
 
 
 @torch.no_grad()
@@ -114,7 +106,7 @@ def main(
     if checkpoint:
         pipe, done = from_checkpoint(checkpoint)
         if checkpoint == "flux":
-            pipe._prepare_latent_image_ids = spread_ids
+            pipe._prepare_latent_image_ids = lambda batch, height, width, *args: image_places(height)
     else:
         pipe = DiffusionPipeline.from_pretrained(folder)
     family = FAMILIES["pixart" if isinstance(pipe, PixArtSigmaPipeline) else "flux"]
