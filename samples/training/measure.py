@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import typer
-from diffusers import AutoencoderTiny, DiffusionPipeline, FluxPipeline, PixArtSigmaPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, PixArtSigmaPipeline
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
