@@ -3,8 +3,11 @@
     python samples/training/train.py flux
     python samples/training/train.py pixart
 
-Needs the pictures of prepare.py and the autoencoder of autoencoder.py. A checkpoint every few minutes; the same command goes on
-where it stopped, and --samples-128 may be raised to go on after the end. Writes the finished pipeline in diffusers format.
+Needs the pictures of prepare.py and the autoencoder of autoencoder.py. PixArt starts with the T5 that FLUX has trained: its only
+way to the text, cross-attention, finds none to speak of in a T5 that knows nothing yet.
+
+A checkpoint every few minutes; the same command goes on where it stopped, and --samples-128 may be raised to go on after the end.
+Writes the finished pipeline in diffusers format.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from rich.progress import Progress, TimeElapsedColumn
+from transformers import T5EncoderModel
 
 from common import load_checkpoint, save_checkpoint, sheet
 from data import STYLES, WORK, caption, pairs, pictures, prompt
@@ -205,6 +209,7 @@ def main(
     threads: int = typer.Option(torch.get_num_threads(), help="CPU threads; two trainings side by side want one each."),
     checkpoint_minutes: float = typer.Option(4.0),
     vae_path: Path = typer.Option(WORK / "vae"),
+    t5_path: Path = typer.Option(WORK / "emoji-flux/text_encoder_2", help="The T5 that PixArt starts with."),
     out: Path = typer.Option(None, help="Folder of the finished pipeline [default: the checkpoints' folder]"),
 ) -> None:
     torch.set_num_threads(threads)
@@ -212,6 +217,8 @@ def main(
     torch.manual_seed(0)
     out = out or WORK / f"emoji-{family}"
     model = {"flux": Flux, "pixart": PixArt}[family]()
+    if family == "pixart":
+        model.text_encoder.load_state_dict(T5EncoderModel.from_pretrained(t5_path).state_dict())
     vae = AutoencoderTiny.from_pretrained(vae_path).eval()
     train, held = pairs()
     latents = {size: encode_pictures(vae, train, size) for size in (64, 128)}
