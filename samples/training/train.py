@@ -7,6 +7,7 @@ Needs the pictures of prepare.py and the autoencoder of autoencoder.py. PixArt s
 way to the text, cross-attention, finds none to speak of in a T5 that knows nothing yet.
 
 A checkpoint every few minutes; the same command goes on where it stopped, and --samples-128 may be raised to go on after the end.
+Without its checkpoint, a finished pipeline is trained on with --start FOLDER, --samples-64 0 and a lower --lr.
 Writes the finished pipeline in diffusers format.
 """
 
@@ -207,8 +208,10 @@ def main(
     batch: int = typer.Option(32),
     lr: float = typer.Option(1e-3),
     threads: int = typer.Option(torch.get_num_threads(), help="CPU threads; two trainings side by side want one each."),
+    bf16: bool = typer.Option(False, help="Multiply in bfloat16: 2.5 times faster on a CPU with AMX, slower on an old one."),
     checkpoint_minutes: float = typer.Option(4.0),
     vae_path: Path = typer.Option(WORK / "vae"),
+    start: Path = typer.Option(None, help="Folder of a pipeline whose weights to start from, instead of random ones."),
     t5_path: Path = typer.Option(WORK / "emoji-flux/text_encoder_2", help="The T5 that PixArt starts with."),
     out: Path = typer.Option(None, help="Folder of the finished pipeline [default: the checkpoints' folder]"),
 ) -> None:
@@ -217,7 +220,10 @@ def main(
     torch.manual_seed(0)
     out = out or WORK / f"emoji-{family}"
     model = {"flux": Flux, "pixart": PixArt}[family]()
-    if family == "pixart":
+    if start:
+        for name, part in model.named_children():
+            part.load_state_dict(type(part).from_pretrained(start / name, torch_dtype=torch.float32).state_dict())
+    elif family == "pixart":
         model.text_encoder.load_state_dict(T5EncoderModel.from_pretrained(t5_path).state_dict())
     vae = AutoencoderTiny.from_pretrained(vae_path).eval()
     train, held = pairs()
@@ -256,7 +262,8 @@ def main(
             generator, rng = torch.Generator().manual_seed(step), random.Random(step)
             rows = torch.randint(len(train), (batch,), generator=generator)
             captions = ["" if rng.random() < DROPOUT else caption(*train[i], rng) for i in rows]
-            loss = model.loss(latents[size][rows], captions, generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model.loss(latents[size][rows], captions, generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.param_groups[0]["lr"] = lr * learning_rate(done, samples_64, total)
