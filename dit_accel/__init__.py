@@ -1,15 +1,18 @@
 """Make diffusion transformers faster by computing fewer tokens."""
 
-from dit_accel.apply import apply, remove
+from dit_accel.apply import apply, attn_processors, remove
 from dit_accel.config import TokenCacheConfig
 from dit_accel.report import Report, report
+from dit_accel.schedule import Place
 from dit_accel.selection import SelectionContext, register_selector, selectors
 
 __all__ = [
+    "Place",
     "Report",
     "SelectionContext",
     "TokenCacheConfig",
     "apply",
+    "attn_processors",
     "register_selector",
     "remove",
     "report",

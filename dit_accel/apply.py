@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
+import weakref
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from diffusers import CacheMixin
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import StateManager
+from diffusers.hooks.hooks import HookFunctionReference, StateManager
 
+from dit_accel import selection
 from dit_accel.config import TokenCacheConfig
-from dit_accel.families import family_of
-from dit_accel.state import Run
+from dit_accel.families import Family, family_of
+from dit_accel.flops import forget_numbers
+from dit_accel.state import Inputs, Run
 
 HOOK = "dit_accel"
 Model = TypeVar("Model")
@@ -42,13 +47,47 @@ class _ContextHook(ModelHook):  # type: ignore[misc]
 class _BeginCall:
     """The transformer's pre-hook: tells the run about every call before it begins."""
 
-    def __init__(self, run: Run, hook: _ContextHook) -> None:
-        self.run, self.hook = run, hook
+    def __init__(self, run: Run, hook: _ContextHook, family: Family, pipeline: Any) -> None:
+        self.run, self.hook, self.family = run, hook, family
+        self.pipeline = weakref.ref(pipeline) if pipeline is not None else lambda: None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _refuse_what_cannot_be_combined(module)
         given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-        self.run.begin_call(given["hidden_states"], given["encoder_hidden_states"], given["timestep"], self.hook.branch)
+        self.run.begin_call(
+            Inputs(
+                latents=given["hidden_states"],
+                text=given["encoder_hidden_states"],
+                timestep=given["timestep"],
+                name=self.hook.branch,
+                grid=functools.partial(self.family.grid, given),
+                steps=self._steps,
+                batched_guidance=self.family.BATCHED_GUIDANCE,
+                remember=functools.partial(forget_numbers, given),
+            )
+        )
+
+    def _steps(self, timestep: float) -> int | None:
+        """Steps of the run that begins at this timestep, from the pipeline's scheduler; img2img begins in the middle.
+
+        None if the scheduler has no such timestep: then the call comes from somewhere else.
+        """
+        timesteps = getattr(getattr(self.pipeline(), "scheduler", None), "timesteps", None)
+        if timesteps is None or len(timesteps) == 0:
+            return None
+        away = (timesteps.float().cpu() - timestep * self.family.TIMESTEP_SCALE).abs()
+        begin = int(away.argmin())
+        near = float(away[begin]) <= 0.01 * max(1.0, float(timesteps[begin]))  # half precision rounds timesteps
+        return len(timesteps) - begin if near else None
+
+
+@dataclass
+class _Applied:
+    """What `remove` needs to know, kept on the transformer."""
+
+    run: Run
+    handle: torch.utils.hooks.RemovableHandle
 
 
 def transformer_of(model: Any) -> Any:
@@ -64,43 +103,83 @@ def transformer_of(model: Any) -> Any:
     return transformer
 
 
-def apply(model: Model, config: TokenCacheConfig) -> Model:
+def run_of(model: Any) -> Run | None:
+    """The run of what is applied to a model, if something is."""
+    applied = vars(transformer_of(model)).get("_dit_accel")
+    return applied.run if applied is not None else None
+
+
+def apply(model: Model, config: TokenCacheConfig, *, record: bool = False) -> Model:
     """Compute only some tokens from now on. Whatever was applied before is replaced.
 
     Args:
         model: a FLUX or PixArt pipeline, or its transformer.
         config: what to compute.
+        record: whether `report` shall also tell which tokens were computed.
 
     Returns:
         The model given.
 
     Raises:
         TypeError: for a model or a configuration that is not supported.
+        ValueError: for a selector that this family has no use for.
         RuntimeError: when something else that cannot be combined is active; the message says what to switch off.
     """
+    transformer = transformer_of(model)
+    processors = _attach(model, config, record, processors_only=False)
+    transformer.set_attn_processor(processors)
+    return model
+
+
+def attn_processors(transformer: Any, config: TokenCacheConfig) -> dict[str, Any]:
+    """Attention processors that reuse attention on partial steps and leave the rest of every block to be computed in full.
+
+    `transformer.set_attn_processor(attn_processors(transformer, config))` puts them in; `remove` takes them out. `apply` saves
+    far more: attention is less than half of the work, see docs/token-caching.md.
+
+    Raises:
+        As `apply`.
+    """
+    return _attach(transformer, config, record=False, processors_only=True)
+
+
+def _attach(model: Any, config: TokenCacheConfig, record: bool, processors_only: bool) -> dict[str, Any]:
     if not isinstance(config, TokenCacheConfig):
         raise TypeError(f"The configuration must be a TokenCacheConfig, not a {type(config).__name__}.")
     transformer = transformer_of(model)
+    family = family_of(transformer)
+    _refuse_what_cannot_be_combined(transformer)
+    if missing := sorted(selection.get(config.selector).needs - family.OBSERVATIONS):
+        raise ValueError(
+            f"The selector {config.selector!r} needs {', '.join(missing)}, which {type(transformer).__name__} does not have; "
+            "choose another one."
+        )
+    remove(model)
+    run = Run(config, record, processors_only)
+    try:
+        processors = dict(family.attach(transformer, run, processors_only))
+    except TypeError:
+        family.detach(transformer)
+        raise
+    hook = _ContextHook(run)
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    # In front and without wrapping `forward`, which offloading may wrap and unwrap meanwhile: the hook only listens.
+    registry.hooks[HOOK] = hook
+    registry._hook_order.insert(0, HOOK)
+    registry._fn_refs.insert(0, HookFunctionReference())
+    begin = _BeginCall(run, hook, family, None if model is transformer else model)
+    handle = transformer.register_forward_pre_hook(begin, with_kwargs=True)
+    if not isinstance(transformer, CacheMixin):  # what lets a pipeline announce the end of its run
+        transformer._reset_stateful_cache = types.MethodType(CacheMixin._reset_stateful_cache, transformer)
+    transformer._dit_accel = _Applied(run, handle)
+    return processors
+
+
+def _refuse_what_cannot_be_combined(transformer: Any) -> None:
     if getattr(transformer, "is_cache_enabled", False):
         raise RuntimeError("A cache of diffusers is enabled on this transformer; call transformer.disable_cache() first.")
     if getattr(transformer, "_parallel_config", None) is not None:
         raise RuntimeError("Context parallelism splits the tokens over devices, so they cannot be selected; disable it first.")
-    remove(model)
-    run, family = Run(config), family_of(transformer)
-    try:
-        family.attach(transformer, run)
-    except TypeError:
-        family.detach(transformer)
-        raise
-    wrapped_before = "forward" in vars(transformer)
-    hook = _ContextHook(run)
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    registry.register_hook(hook, HOOK)
-    handle = transformer.register_forward_pre_hook(_BeginCall(run, hook), with_kwargs=True)
-    if not isinstance(transformer, CacheMixin):  # what lets a pipeline announce the end of its run
-        transformer._reset_stateful_cache = types.MethodType(CacheMixin._reset_stateful_cache, transformer)
-    transformer._dit_accel = (run, handle, wrapped_before)
-    return model
 
 
 def remove(model: Any) -> None:
@@ -110,18 +189,17 @@ def remove(model: Any) -> None:
         TypeError: for a model that is not supported.
     """
     transformer = transformer_of(model)
-    if "_dit_accel" not in vars(transformer):
+    applied = vars(transformer).get("_dit_accel")
+    if applied is None:
         return
-    run, handle, wrapped_before = transformer._dit_accel
-    run.end()
-    handle.remove()
+    applied.run.end()
+    applied.handle.remove()
     family_of(transformer).detach(transformer)
     registry = transformer._diffusers_hook
-    registry.remove_hook(HOOK, recurse=False)
+    del registry.hooks[HOOK], registry._fn_refs[registry._hook_order.index(HOOK)]
+    registry._hook_order.remove(HOOK)
     if not registry.hooks:
         del transformer._diffusers_hook
-        if not wrapped_before:  # diffusers' registry leaves the original forward behind as an attribute
-            del transformer.forward
     if not isinstance(transformer, CacheMixin):
         del transformer._reset_stateful_cache
     del transformer._dit_accel

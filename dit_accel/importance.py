@@ -1,4 +1,4 @@
-"""Attention received per token, in memory that grows with the tokens alone."""
+"""Attention received and attention's entropy per token, in memory that grows with the tokens alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ CHUNK = 64  # queries whose attention rows exist at the same time
 QUERIES = 256  # at least so many queries are asked; every one of them where a sequence has fewer than twice as many
 
 
-def query_stride(tokens: int) -> int:
-    """Every how many-th token is asked as a query."""
-    return max(1, tokens // QUERIES)
+def query_stride(tokens: int, share: float) -> int:
+    """Every how many-th token is asked as a query, for a share of the tokens but at least `QUERIES` of them."""
+    return max(1, min(round(1 / share), tokens // QUERIES))
 
 
 def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -27,5 +27,25 @@ def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     scale = query.shape[-1] ** -0.5
     received = torch.zeros(key.shape[0], key.shape[-1], device=key.device)
     for part in query.split(CHUNK, dim=2):
-        received += (part * scale @ key).softmax(dim=-1).sum(dim=(1, 2))
+        received = received + (part * scale @ key).softmax(dim=-1).sum(dim=(1, 2))
     return received / (query.shape[1] * query.shape[2])
+
+
+def attention_entropy(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Entropy in nats of every row of softmax(Q K^T / sqrt(D) + mask), mean over heads.
+
+    Args:
+        query: [B, N, H, D]; key: [B, T, H, D].
+        mask: None or [B, 1, T], added to the scores of all heads and queries.
+
+    Returns:
+        [B, N] in float32.
+    """
+    query, key = query.transpose(1, 2).float(), key.permute(0, 2, 3, 1).float()
+    scale, rows = query.shape[-1] ** -0.5, []
+    for part in query.split(CHUNK, dim=2):
+        scores = part * scale @ key
+        if mask is not None:
+            scores = scores + mask[:, None].float()
+        rows.append(torch.special.entr(scores.softmax(dim=-1)).sum(dim=-1).mean(dim=1))
+    return torch.cat(rows, dim=1)

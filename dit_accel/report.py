@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dit_accel.apply import transformer_of
+import torch
+
+from dit_accel.apply import run_of, transformer_of
+from dit_accel.flops import FlopCounter
 from dit_accel.schedule import Mode
 from dit_accel.state import Call
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that one layer computed on one partial step.
+
+    Attributes:
+        call: index into the report's calls.
+        stream, layer: which computation; see `dit_accel.SelectionContext`.
+        tokens: indices [1 or B, k]; one row serves the whole batch. In the joint sequence, text comes first.
+    """
+
+    call: int
+    stream: str
+    layer: int
+    tokens: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Report:
     """The calls of one run.
 
-    `tokens_share` is the share of tokens that the token-wise computations of partial steps worked on; `cache_bytes` the most
-    that the cache held.
+    Attributes:
+        calls: every call of the transformer, in order.
+        grid: height and width of the picture in tokens.
+        selections: which tokens were computed, if `apply` was asked to record them.
     """
 
     calls: tuple[Call, ...]
+    grid: tuple[int, int]
+    selections: tuple[Selection, ...]
+    _count: FlopCounter
 
     @property
     def full_steps(self) -> int:
@@ -30,30 +58,79 @@ class Report:
 
     @property
     def tokens_share(self) -> float:
-        """Of the partial steps; 1 if there were none."""
+        """Share of tokens that the token-wise computations of partial steps worked on; 1 if there were none."""
         total = sum(call.tokens for call in self.calls)
         return sum(call.tokens_computed for call in self.calls) / total if total else 1.0
 
     @property
     def cache_bytes(self) -> int:
+        """The most that the cache held."""
         return max((call.cache_bytes for call in self.calls), default=0)
 
+    @functools.cached_property
+    def flops(self) -> tuple[int, ...]:
+        """FLOPs of every call: 2 for every multiply-add of matrix products, convolutions and attention, selection included.
+
+        Counted by replaying the calls on a weightless copy, which takes seconds for a large model; adapters are not counted.
+        """
+        return tuple(self._count(self.calls))
+
+    @functools.cached_property
+    def full_flops(self) -> int:
+        """FLOPs of as many calls with everything computed."""
+        return sum(self._count.plain(self.calls))
+
+    @property
+    def flops_ratio(self) -> float:
+        """Full over executed. Not a speed-up: see benchmarks/ for seconds."""
+        return self.full_flops / sum(self.flops) if self.calls else 1.0
+
     def to_dict(self) -> dict[str, Any]:
+        """Everything but the selections, as plain numbers."""
         return {
             "full_steps": self.full_steps,
             "partial_steps": self.partial_steps,
             "tokens_share": self.tokens_share,
             "cache_bytes": self.cache_bytes,
-            "calls": [{**vars(call), "mode": call.mode.value} for call in self.calls],
+            "flops": sum(self.flops),
+            "full_flops": self.full_flops,
+            "calls": self._rows(),
         }
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a call."""
+        import pandas
+
+        return pandas.DataFrame(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "branch": call.branch,
+                "step": call.step,
+                "mode": call.mode.value,
+                "tokens_computed": call.tokens_computed,
+                "tokens": call.tokens,
+                "flops": flops,
+                "cache_bytes": call.cache_bytes,
+            }
+            for call, flops in zip(self.calls, self.flops, strict=True)
+        ]
 
     def __str__(self) -> str:
         if not self.calls:
             return "No run yet: call the pipeline first."
-        return (
-            f"{self.full_steps} full and {self.partial_steps} partial calls; a partial call computed "
-            f"{self.tokens_share:.1%} of its tokens; the cache held up to {self.cache_bytes / 2**20:.1f} MiB."
+        lines = ["branch  step  mode      tokens computed     GFLOPs  cache MiB"]
+        for call, flops in zip(self.calls, self.flops, strict=True):
+            tokens = f"{call.tokens_computed} of {call.tokens}" if call.mode is Mode.PARTIAL else "all"
+            lines.append(
+                f"{call.branch:6}  {call.step:4}  {call.mode.value:8}  {tokens:>15}  {flops / 1e9:9.3f}  {call.cache_bytes / 2**20:9.1f}"
+            )
+        lines.append(
+            f"{self.full_steps} full and {self.partial_steps} partial calls; a partial call computed {self.tokens_share:.1%} of its "
+            f"tokens; {self.flops_ratio:.2f} times fewer FLOPs; the cache held up to {self.cache_bytes / 2**20:.1f} MiB."
         )
+        return "\n".join(lines)
 
 
 def report(model: Any) -> Report:
@@ -62,7 +139,8 @@ def report(model: Any) -> Report:
     Raises:
         RuntimeError: if nothing is applied to the model.
     """
-    applied = vars(transformer_of(model)).get("_dit_accel")
-    if applied is None:
+    run = run_of(model)
+    if run is None:
         raise RuntimeError("Nothing is applied to this model; call dit_accel.apply first.")
-    return Report(tuple(applied[0].calls))
+    selections = tuple(Selection(call, stream, layer, tokens) for call, stream, layer, tokens in run.selections)
+    return Report(tuple(run.calls), run.grid, selections, FlopCounter(transformer_of(model), run))

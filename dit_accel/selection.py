@@ -2,42 +2,76 @@
 
 A selector of one's own:
 
-    @dit_accel.register_selector("norm")
-    def norm(context):
+    @dit_accel.register_selector("mine")
+    def mine(context):
         "Tokens with the largest input first."
         return context.tokens.norm(dim=-1)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+CHUNK = 64  # tokens whose similarities to all others exist at the same time
+
+# What a selector may ask to have remembered, and its shape.
+OBSERVATIONS = {
+    "keys": "keys of the last full step before QK-norm and RoPE, [B, N, heads, D]",
+    "values": "values of the last full step, [B, N, heads, D]",
+    "key_norms": "L2 norms of these keys, mean over heads, [B, N]",
+    "value_norms": "L2 norms of these values, mean over heads, [B, N]",
+    "attention": "attention that each token received on the last full step, mean over heads and queries, [B, N]",
+    "entropy": "entropy of each token's attention to the text on the last full step, mean over heads, [B, N]",
+    "last_tokens": "inputs of the layer when each token was last computed, [B, N, C]",
+}
 
 
-@dataclass(frozen=True)
+@dataclass
 class SelectionContext:
     """What a selector may look at, for one layer on one partial step.
 
     Attributes:
         tokens: inputs of the layer now, [B, N, C].
         ages: partial steps since each token was computed, [1 or B, N].
-        noise: uniform numbers in 0..1, [1, N], drawn afresh for every step and layer and shared by the batch, so that the
-            tokens computed for one picture do not depend on the others.
-        received: attention that each token received on the last full step, [B, N], where a selector needs it, else None.
+        noise: uniform numbers in 0..1, [1, N], drawn afresh for every step and layer by a generator of the run's own, and
+            shared by the batch, so that the tokens computed for one picture do not depend on the others.
+        count: how many tokens will be computed.
+        grid: height and width of the image in tokens; its tokens follow the text's. Tokens beyond (a reference picture)
+            belong to no grid.
+        text: text tokens at the front of the sequence.
         layer: index of the layer within its stream.
-        stream: which computation: "image", "text", "joint", "cross-attention" or "feed-forward".
+        stream: "image", "text", "joint", "cross-attention" or "feed-forward".
         step: number of the step, from 0.
+        keys, values, key_norms, value_norms, attention, entropy, last_tokens: see `OBSERVATIONS`; None unless the selector
+            said that it needs them.
     """
 
     tokens: torch.Tensor
     ages: torch.Tensor
     noise: torch.Tensor
-    received: torch.Tensor | None
+    count: int
+    grid: tuple[int, int]
+    text: int
     layer: int
     stream: str
     step: int
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    key_norms: torch.Tensor | None = None
+    value_norms: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    last_tokens: torch.Tensor | None = None
+
+    @property
+    def text_mask(self) -> torch.Tensor:
+        """True for text tokens, [N]."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.text
 
 
 Score = Callable[[SelectionContext], torch.Tensor]
@@ -47,24 +81,32 @@ Score = Callable[[SelectionContext], torch.Tensor]
 class Selector:
     score: Score
     description: str
-    needs_attention: bool
+    needs: frozenset[str]
+    per_picture: bool
 
 
 _SELECTORS: dict[str, Selector] = {}
 
 
-def register_selector(name: str, *, needs_attention: bool = False) -> Callable[[Score], Score]:
+def register_selector(name: str, *, needs: Collection[str] = (), per_picture: bool = True) -> Callable[[Score], Score]:
     """Decorator that makes a function SelectionContext -> scores [1 or B, N] known by name.
 
     Args:
         name: what configurations and the command line call it. A name can be taken only once.
-        needs_attention: whether full steps must record the attention that each token receives.
+        needs: what has to be remembered for it, from `OBSERVATIONS`.
+        per_picture: False for scores [1, N] that are the same for every picture of a batch, which spares memory traffic.
+
+    Raises:
+        ValueError: for a name that is taken or a need that is not known.
     """
+    if unknown := sorted(set(needs) - set(OBSERVATIONS)):
+        raise ValueError(f"A selector cannot need {', '.join(unknown)}; it can need {', '.join(OBSERVATIONS)}.")
 
     def register(score: Score) -> Score:
         if name in _SELECTORS:
             raise ValueError(f"There is a selector named {name!r} already; choose another name.")
-        _SELECTORS[name] = Selector(score, (score.__doc__ or "").strip().split("\n")[0], needs_attention)
+        description = (score.__doc__ or "").strip().split("\n")[0]
+        _SELECTORS[name] = Selector(score, description, frozenset(needs), per_picture)
         return score
 
     return register
@@ -82,21 +124,145 @@ def selectors() -> dict[str, str]:
     return {name: selector.description for name, selector in _SELECTORS.items()}
 
 
-@register_selector("random")
+@register_selector("random", per_picture=False)
 def random(context: SelectionContext) -> torch.Tensor:
     """Every token with the same chance."""
     return context.noise
 
 
-@register_selector("attention", needs_attention=True)
+@register_selector("attention", needs={"attention"})
 def attention(context: SelectionContext) -> torch.Tensor:
     """Tokens that received the most attention on the last full step."""
-    if context.received is None:
-        raise RuntimeError("No attention was recorded on the last full step; apply the configuration again.")
-    return context.received
+    assert context.attention is not None
+    return context.attention
 
 
-def total_scores(scores: torch.Tensor, ages: torch.Tensor, age_weight: float, interval: int) -> torch.Tensor:
-    """Scores normalised by their L2 norm over the tokens, plus age_weight * age / interval; [1 or B, N]."""
+@register_selector("k-norm", needs={"key_norms"})
+def k_norm(context: SelectionContext) -> torch.Tensor:
+    """Tokens with the longest keys (before QK-norm and RoPE) on the last full step."""
+    assert context.key_norms is not None
+    return context.key_norms
+
+
+@register_selector("v-norm", needs={"value_norms"})
+def v_norm(context: SelectionContext) -> torch.Tensor:
+    """Tokens with the longest values on the last full step."""
+    assert context.value_norms is not None
+    return context.value_norms
+
+
+@register_selector("similarity")
+def similarity(context: SelectionContext) -> torch.Tensor:
+    """A random tenth of the selection, then the tokens most similar to it."""
+    base = context.noise.topk(max(1, round(context.count / 10)), dim=-1).indices
+    return nearness(context.tokens, base).scatter(1, base.expand(len(context.tokens), -1), 2.0)
+
+
+@register_selector("cross-entropy", needs={"entropy"})
+def cross_entropy(context: SelectionContext) -> torch.Tensor:
+    """Tokens whose attention to the text is spread the most (PixArt)."""
+    assert context.entropy is not None
+    return context.entropy
+
+
+@register_selector("stratified", per_picture=False)
+def stratified(context: SelectionContext) -> torch.Tensor:
+    """Random, but equally many in every tile of the image."""
+    total, (height, width) = context.tokens.shape[1], context.grid
+    image, share = height * width, context.count / total
+    if context.stream == "text" or image > total - context.text:
+        parts = [(1, total)]
+    else:
+        parts = [(1, context.text), (height, width), (1, total - context.text - image)]
+    scores = []
+    for part, (rows, columns) in zip(context.noise.split([r * c for r, c in parts], dim=1), parts, strict=True):
+        if rows * columns:
+            side = max(1, round(math.sqrt(1 / share) if rows > 1 else 1 / share))
+            tiled = to_tiles(part, (rows, columns), side, fill=-1.0)
+            rank = tiled.argsort(dim=-1, descending=True).argsort(dim=-1)  # 0 for the first of its tile
+            scores.append(from_tiles(tiled - rank, (rows, columns), side))
+    joined = torch.cat(scores, dim=1)
+    return joined - joined.amin()
+
+
+@register_selector("drift", needs={"last_tokens"})
+def drift(context: SelectionContext) -> torch.Tensor:
+    """Tokens whose input turned the most since they were last computed (keeps the inputs: twice the memory)."""
+    assert context.last_tokens is not None
+    return 1 - F.cosine_similarity(context.tokens.float(), context.last_tokens.float(), dim=-1)
+
+
+@register_selector("diverse")
+def diverse(context: SelectionContext) -> torch.Tensor:
+    """A random tenth of the selection, then, in doubling rounds, the tokens least similar to all that are chosen."""
+    batch = len(context.tokens)
+    chosen = context.noise.topk(max(1, round(context.count / 10)), dim=-1).indices.expand(batch, -1)
+    near = nearness(context.tokens, chosen)
+    scores, head_start = torch.zeros_like(near), 3.0 * (1 + math.ceil(math.log2(max(2, context.count))))
+    scores = scores.scatter(1, chosen, head_start)
+    while chosen.shape[1] < context.count:
+        head_start -= 3.0  # cosines are at most 2 apart, so that an earlier round always comes first
+        fresh = (near + 4.0 * (scores > 0)).topk(min(chosen.shape[1], context.count - chosen.shape[1]), largest=False).indices
+        scores = scores.scatter(1, fresh, head_start + 1.0 - near.gather(1, fresh))
+        chosen, near = torch.cat([chosen, fresh], dim=1), torch.maximum(near, nearness(context.tokens, fresh))
+    return torch.where(scores > 0, scores, 1.0 - near)
+
+
+def nearness(tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Greatest cosine similarity of every token to one of the base, [B, N], in memory that grows with the tokens alone.
+
+    Args:
+        tokens: [B, N, C]; base: indices [1 or B, k].
+    """
+    unit = F.normalize(tokens.float(), dim=-1)
+    near = torch.full(tokens.shape[:2], -1.0, device=tokens.device)
+    for part in base.expand(len(tokens), -1).split(CHUNK, dim=1):
+        others = unit.gather(1, part[..., None].expand(-1, -1, unit.shape[-1]))
+        near = torch.maximum(near, (unit @ others.transpose(1, 2)).amax(dim=-1))
+    return near
+
+
+def to_tiles(values: torch.Tensor, grid: tuple[int, int], side: int, fill: float) -> torch.Tensor:
+    """[R, H * W] -> [R, tiles, side * side]; a row of one (H = 1) is cut into pieces of `side`. Ragged edges hold `fill`."""
+    (height, width), down = grid, side if grid[0] > 1 else 1
+    padded = F.pad(values.view(-1, height, width), (0, -width % side, 0, -height % down), value=fill)
+    rows, columns = padded.shape[1] // down, padded.shape[2] // side
+    return padded.view(-1, rows, down, columns, side).transpose(2, 3).reshape(-1, rows * columns, down * side)
+
+
+def from_tiles(tiled: torch.Tensor, grid: tuple[int, int], side: int) -> torch.Tensor:
+    """The inverse of `to_tiles`: [R, tiles, side * side] -> [R, H * W]."""
+    (height, width), down = grid, side if grid[0] > 1 else 1
+    rows, columns = -(-height // down), -(-width // side)
+    padded = tiled.view(-1, rows, columns, down, side).transpose(2, 3).reshape(-1, rows * down, columns * side)
+    return padded[:, :height, :width].flatten(1)
+
+
+def total_scores(
+    scores: torch.Tensor,
+    ages: torch.Tensor,
+    age_weight: float,
+    interval: int,
+    spatial_bonus: float = 0.0,
+    grid: tuple[int, int] = (1, 1),
+    side: int = 1,
+    text: int = 0,
+) -> torch.Tensor:
+    """What is ranked, [1 or B, N]: scores / their L2 norm over the tokens + age_weight * age / interval, then the bonus.
+
+    The bonus multiplies the best score of every tile of the image by 1 + spatial_bonus; ragged tiles at the edges count too.
+
+    Args:
+        scores: [1 or B, N], larger is computed first; ages: [1 or B, N].
+        grid: height and width of the image; side: of a tile; text: tokens in front of the image.
+    """
     scores = scores.float() / scores.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return scores + age_weight / interval * ages if age_weight else scores
+    if age_weight:
+        scores = scores + age_weight / interval * ages
+    end = text + grid[0] * grid[1]
+    if spatial_bonus and end <= scores.shape[1]:
+        tiled = to_tiles(scores[:, text:end], grid, side, fill=-float("inf"))
+        best = tiled.argmax(dim=-1, keepdim=True)
+        raised = tiled.scatter(-1, best, tiled.gather(-1, best) * (1 + spatial_bonus))
+        scores = torch.cat([scores[:, :text], from_tiles(raised, grid, side), scores[:, end:]], dim=1)
+    return scores

@@ -8,96 +8,10 @@ from typing import Any
 
 import torch
 
-from dit_accel import fill, selection
+from dit_accel import fill, schedule
 from dit_accel.config import TokenCacheConfig
-from dit_accel.schedule import Mode, mode_of, tokens_to_compute
-
-Take = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Memory:
-    """What one guidance branch remembers of one site."""
-
-    def __init__(self) -> None:
-        self.output: Any = None  # [B, N, C] before the gate; a tuple of two for joint attention
-        self.ages: torch.Tensor | None = None  # [1 or B, N]; None when all are 0
-        self.received: torch.Tensor | None = None  # [B, N]
-
-    def bytes(self) -> int:
-        outputs = self.output if isinstance(self.output, tuple) else (self.output,)
-        return sum(t.numel() * t.element_size() for t in (*outputs, self.ages, self.received) if t is not None)
-
-
-class Site:
-    """One cached computation of the model: an attention, a feed-forward, the rear half of a single block.
-
-    The transformer's pre-hook binds `mode`, `memory`, `count` and `noise` before every call; blocks and processors only
-    call the site.
-    """
-
-    def __init__(self, config: TokenCacheConfig, layer: int, stream: str) -> None:
-        self.config, self.layer, self.stream = config, layer, stream
-        self.selector = selection.get(config.selector)
-        self.mode = Mode.PLAIN
-        self.memory = Memory()
-        self.step = 0
-        self.count = 0  # tokens to compute on this partial step
-        self.text = 0  # text tokens at the front of the sequence
-        self.noise: torch.Tensor | None = None  # [1, N]
-
-    def __call__(self, tokens: torch.Tensor, compute: Callable[[torch.Tensor, Take], Any]) -> Any:
-        """All outputs of `compute`, of which a partial step computes only some.
-
-        Args:
-            tokens: [B, N, C].
-            compute: called with the tokens to compute and a function that takes the same rows out of another [B, N, C].
-        """
-        memory = self.memory
-        if self.mode is Mode.PLAIN:
-            return compute(tokens, _all)
-        if self.mode is Mode.FULL or memory.output is None or self.count >= tokens.shape[1]:
-            memory.output, memory.ages = compute(tokens, _all), None
-        elif self.count:
-            index = self._select(tokens)
-            computed = compute(fill.take(tokens, index), lambda other: fill.take(other, index))
-            memory.output = fill.reuse(memory.output, index, computed)
-        return memory.output
-
-    def expect(self, text_length: int, step: int) -> None:
-        """Work out how many tokens this partial step computes; only the joint sequence starts with text."""
-        self.step, self.text = step, text_length if self.stream == "joint" else 0
-        if self.stream == "attention":  # reused whole
-            self.count = 0
-            return
-        tokens = self.memory.output.shape[1] if self.memory.output is not None else 0
-        share = 1 - self.config.cache_ratio
-        if self.config.text_tokens == "select":
-            self.count = tokens_to_compute(share, tokens)
-        elif self.stream == "text":
-            self.count = tokens if self.config.text_tokens == "full" else 0
-        else:
-            self.count = tokens_to_compute(share, tokens - self.text)
-            self.count += self.text if self.config.text_tokens == "full" else 0
-
-    def _select(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Index [1 or B, count] of the tokens to compute; the ages move on."""
-        memory, config = self.memory, self.config
-        ages = memory.ages if memory.ages is not None else torch.zeros(1, tokens.shape[1], device=tokens.device)
-        assert self.noise is not None
-        context = selection.SelectionContext(tokens, ages, self.noise, memory.received, self.layer, self.stream, self.step)
-        scores = selection.total_scores(self.selector.score(context), ages, config.age_weight, config.interval)
-        if self.text == 0 or config.text_tokens == "select":
-            index = scores.topk(self.count, dim=-1, sorted=False).indices
-        else:
-            always = self.text if config.text_tokens == "full" else 0
-            index = scores[:, self.text :].topk(self.count - always, dim=-1, sorted=False).indices + self.text
-            index = torch.cat([torch.arange(always, device=index.device).expand(len(index), -1), index], dim=1)
-        memory.ages = (ages + 1).expand(len(index), -1).scatter(1, index, 0.0)
-        return index
-
-
-def _all(tokens: torch.Tensor) -> torch.Tensor:
-    return tokens
+from dit_accel.schedule import Mode
+from dit_accel.site import Memory, Site
 
 
 @dataclass
@@ -109,6 +23,8 @@ class Branch:
     memories: list[Memory]
     generator: torch.Generator
     step: int = 0
+    full_step: int = 0  # the last
+    next_full_step: int = 0
     timestep: float = float("inf")
 
 
@@ -119,9 +35,37 @@ class Call:
     branch: int
     step: int
     mode: Mode
-    tokens_computed: int  # over all sites that work token by token
-    tokens: int
-    cache_bytes: int
+    counts: tuple[int, ...]  # tokens computed by every token-wise site, in the order of the run's sites
+    tokens: int  # that a full step computes there
+    text: int  # text tokens
+    cache_bytes: int  # before the call, all branches together
+
+    @property
+    def tokens_computed(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the transformer's pre-hook has seen of one call.
+
+    Attributes:
+        latents: any shape; text: [B, T, C]; timestep: any shape, its first element counts.
+        name: the guidance branch's name if the pipeline gives one.
+        grid: height and width of the image in tokens, asked when a run begins.
+        steps: number of steps of the run, given its first timestep; asked when a run begins; None if nobody knows.
+        batched_guidance: whether this family's pipelines put both halves of guidance into one batch.
+        remember: all arguments of the call, without the numbers; asked when a branch begins.
+    """
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    timestep: torch.Tensor
+    name: str | None
+    grid: Callable[[], tuple[int, int]]
+    steps: Callable[[float], int | None]
+    batched_guidance: bool
+    remember: Callable[[], dict[str, Any]]
 
 
 @dataclass
@@ -129,53 +73,79 @@ class Run:
     """Every branch of the run under way, and a record of what was computed that outlives it."""
 
     config: TokenCacheConfig
+    record: bool = False
+    processors_only: bool = False
     sites: list[Site] = field(default_factory=list)
+    attached: list[tuple[Any, Any, tuple[Site, ...]]] = field(default_factory=list)  # attention, our processor, its sites
     branches: dict[Any, Branch] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
-    latents: tuple[Any, ...] = ()
+    inputs: dict[int, dict[str, Any]] = field(default_factory=dict)  # of every branch, on the meta device
+    selections: list[tuple[int, str, int, torch.Tensor]] = field(default_factory=list)  # call, stream, layer, index [1 or B, k]
+    signature: tuple[Any, ...] = ()
     first: float = 0.0
     last: float = float("inf")
     fresh: bool = True
+    steps: int | None = None
+    grid: tuple[int, int] = (1, 1)
+    halves: bool = False  # guidance in one batch: both halves have the same latents
 
     def add(self, layer: int, stream: str) -> Site:
         self.sites.append(Site(self.config, layer, stream))
         return self.sites[-1]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("A transformer cannot be copied or pickled while dit_accel is applied; call dit_accel.remove first.")
+
     def end(self) -> None:
         """Free the features; the record stays until the next run begins."""
+        self._collect()
         self.branches, self.fresh = {}, True
         for site in self.sites:
-            site.mode, site.memory, site.noise = Mode.PLAIN, Memory(), None
+            site.release()
 
-    def begin_call(self, latents: torch.Tensor, text: torch.Tensor, timestep: torch.Tensor, name: str | None) -> None:
+    def begin_call(self, inputs: Inputs) -> None:
         """Decide what this call computes and point every site at its branch's memory.
 
         A new run starts when time goes up, when it is back at the first timestep (half precision, whose first timesteps can
         coincide, goes by the text instead), when the latents' shape, dtype or device or a named branch's text changes, or
         after `end`. So an interrupted run leaves nothing behind.
-
-        Args:
-            latents: any shape; text: [B, T, C]; timestep: any shape, its first element counts.
-            name: the branch's name if the pipeline gives one.
         """
         if torch.is_grad_enabled():  # gradient checkpointing repeats calls, which would advance the state twice
             for site in self.sites:
                 site.mode = Mode.PLAIN
             return
-        time = float(timestep.reshape(-1)[0])
+        timestep, text, latents = inputs.timestep, inputs.text, inputs.latents
+        time = float(timestep.reshape(-1)[0]) if not timestep.is_meta else float("nan")
         signature = (latents.shape, latents.dtype, latents.device)
-        key, branch = self._find(text, time, name)
+        key, branch = self._find(text, time, inputs.name)
         again = branch is not None and time == self.first and timestep.dtype not in (torch.float16, torch.bfloat16)
         changed = branch is not None and not _same(branch.text, text)
-        if self.fresh or signature != self.latents or time > self.last or again or changed:
+        self._collect()
+        if self.fresh or signature != self.signature or time > self.last or again or changed:
             self.end()
-            self.calls, self.latents, self.first, self.fresh, branch = [], signature, time, False, None
+            self.calls, self.inputs, self.selections, self.fresh, branch = [], {}, [], False, None
+            self.signature, self.first = signature, time
+            self.grid, self.steps = inputs.grid(), self.config.steps or inputs.steps(time)
+            half = len(latents) // 2
+            share = inputs.batched_guidance and self.config.share_guidance_selection and len(latents) % 2 == 0
+            self.halves = share and not latents.is_meta and bool(torch.equal(latents[:half], latents[half:]))
         if branch is None:
+            self.inputs[len(self.branches)] = inputs.remember()
             generator = torch.Generator().manual_seed(self.config.seed)
             branch = self.branches[key] = Branch(len(self.branches), text, [Memory() for _ in self.sites], generator)
         self.last = branch.timestep = time
         self._bind(branch, text.shape[1], latents.device)
         branch.step += 1
+
+    def _lost(self) -> set[int]:
+        """Ids of the sites whose attention processor was replaced: perturbed-attention guidance does so for some layers."""
+        lost = [sites for attention, processor, sites in self.attached if attention.processor is not processor]
+        if lost and len(lost) == len(self.attached):
+            raise RuntimeError(
+                "All attention processors were replaced since dit_accel.apply (by an IP-Adapter or fused projections, say); "
+                "call dit_accel.apply again, or dit_accel.remove."
+            )
+        return {id(site) for sites in lost for site in sites}
 
     def _find(self, text: torch.Tensor, time: float, name: str | None) -> tuple[Any, Branch | None]:
         """By name; else by the very tensor of the text; else by equal text not yet seen at this time."""
@@ -190,22 +160,46 @@ class Run:
         return len(self.branches), None
 
     def _bind(self, branch: Branch, text_length: int, device: torch.device) -> None:
-        nothing_cached = self.config.interval == 1 or self.config.cache_ratio == 0
-        mode = Mode.FULL if nothing_cached else mode_of(branch.step, self.config.interval, self.config.warmup_steps)
+        config, step = self.config, branch.step
+        nothing_cached = config.interval == 1 or config.cache_ratio == 0
+        mode = Mode.FULL if nothing_cached or step >= branch.next_full_step else Mode.PARTIAL
+        distance = step - branch.full_step
+        if mode is Mode.FULL:
+            wait = (
+                1
+                if step + 1 < config.warmup_steps
+                else schedule.interval_after(step, config.interval, config.interval_spread, self.steps)
+            )
+            branch.full_step, branch.next_full_step = step, step + wait
+        order = config.forecast_order if config.fill == "forecast" else 0
+        at_distance = torch.tensor(float(max(1, distance)), device=device) if order else None
+        weights = [torch.tensor(w, device=device) for w in fill.taylor_weights(distance, order)]
+        lost = self._lost()
         for site, memory in zip(self.sites, branch.memories, strict=True):
-            site.mode, site.memory = Mode.PLAIN if nothing_cached else mode, memory
-        computed = total = 0
+            site.mode = Mode.PLAIN if nothing_cached or id(site) in lost else mode
+            site.memory, site.step = Memory() if site.mode is Mode.PLAIN else memory, step
+            site.grid, site.halves, site.distance, site.weights = self.grid, self.halves, at_distance, weights
+        chosen = [site for site in self.sites if site.tokens]
         if mode is Mode.PARTIAL:
-            chosen = [site for site in self.sites if site.stream != "attention" and site.memory.output is not None]
-            lengths = [site.memory.output.shape[1] for site in chosen]
+            streams = [site.stream for site in self.sites]
+            for site in chosen:
+                place = schedule.Place(step, self.steps, site.layer, streams.count(site.stream), site.stream)
+                site.expect(site.share(place), text_length)
+            lengths = [site.tokens for site in chosen]
             noise = torch.rand(1, sum(lengths), generator=branch.generator).to(device).split(lengths, dim=1)
-            for site in self.sites:
-                site.expect(text_length, branch.step)
             for site, part in zip(chosen, noise, strict=True):
                 site.noise = part
-            computed, total = sum(site.count for site in chosen), sum(lengths)
         used = sum(memory.bytes() for b in self.branches.values() for memory in b.memories)
-        self.calls.append(Call(branch.number, branch.step, mode, computed, total, used))
+        counts = tuple(site.count for site in chosen) if mode is Mode.PARTIAL else ()
+        total = sum(site.tokens for site in chosen) if mode is Mode.PARTIAL else 0
+        self.calls.append(Call(branch.number, step, mode, counts, total, text_length, used))
+
+    def _collect(self) -> None:
+        """Keep the selections of the call that has ended."""
+        for site in self.sites if self.record else ():
+            if site.selected is not None:
+                self.selections.append((len(self.calls) - 1, site.stream, site.layer, site.selected.cpu()))
+                site.selected = None
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dit_accel.families import flux, pixart
@@ -12,12 +13,22 @@ class Family(Protocol):
     """What a family's file offers."""
 
     TRANSFORMER: type
+    OBSERVATIONS: frozenset[str]  # what its processors can observe for selectors
+    TIMESTEP_SCALE: int  # scheduler timesteps per unit of the transformer's
+    BATCHED_GUIDANCE: bool  # whether its pipelines put both halves of guidance into one batch
 
-    def attach(self, transformer: Any, run: Run) -> None:
-        """Put processors and token-wise blocks in, each with its own site of the run."""
+    def attach(self, transformer: Any, run: Run, processors_only: bool) -> Mapping[str, Any]:
+        """Make blocks token-wise, each with its own site of the run, unless asked for processors only.
+
+        Returns:
+            The attention processors by the names of `attn_processors`, to be set by the caller.
+        """
 
     def detach(self, transformer: Any) -> None:
         """Put back exactly what was there."""
+
+    def grid(self, given: dict[str, Any]) -> tuple[int, int]:
+        """Height and width of the picture in tokens, from the arguments of the transformer's forward."""
 
 
 FAMILIES: tuple[Family, ...] = (flux, pixart)

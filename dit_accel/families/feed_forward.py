@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.models import attention
 
-from dit_accel.state import Site
+from dit_accel.site import Site
 
 
 class FeedForward(attention.FeedForward):  # type: ignore[misc]  # the name is kept: diffusers and PEFT match modules by it
@@ -30,10 +30,15 @@ def attach(module: Any, site: Site, name: str) -> None:
         raise TypeError(
             f"{name} is a {type(module).__name__}, not diffusers' FeedForward, so it cannot be computed token by token."
         )
-    if "forward" in vars(module):
-        raise TypeError(f"{name}.forward is wrapped, by offloading for example. Call dit_accel.apply before enabling it.")
+    refuse_wrapped(module, name)
     module.__class__ = FeedForward
     module._dit_accel_site = site
+
+
+def refuse_wrapped(module: Any, name: str) -> None:
+    """TypeError for a module whose forward was replaced on the instance: a class's forward would never be called."""
+    if "forward" in vars(module):
+        raise TypeError(f"{name}.forward is wrapped, by offloading for example. Call dit_accel.apply before enabling it.")
 
 
 def detach(module: Any) -> None:

@@ -10,25 +10,25 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 
 from dit_accel.families import feed_forward
+from dit_accel.families.attention import TokenCacheAttnProcessor, key_and_value_observations
 from dit_accel.importance import attention_received, query_stride
 from dit_accel.schedule import Mode
-from dit_accel.state import Run, Site, Take
+from dit_accel.site import Site, Take
+from dit_accel.state import Run
 
 TRANSFORMER = FluxTransformer2DModel
+OBSERVATIONS = frozenset({"keys", "values", "key_norms", "value_norms", "attention", "last_tokens"})
+TIMESTEP_SCALE = 1000  # scheduler timesteps per unit of the transformer's
+BATCHED_GUIDANCE = False  # FLUX pipelines call twice for true guidance
 
 
-class FluxTokenCacheAttnProcessor:
+class FluxTokenCacheAttnProcessor(TokenCacheAttnProcessor):
     """Computes attention through the processor it wraps on full steps and reuses the output whole on partial ones.
 
-    Args:
-        inner: the processor that was there.
-        site: where the output is remembered; without one the inner processor is called and nothing else.
-        scored: the sites that select tokens of this block: (image, text) in a double block, (joint,) in a single one.
+    `scored` are the sites that select tokens of its block: (image, text) in a double block, (joint,) in a single one.
     """
 
-    def __init__(self, inner: Any = None, site: Site | None = None, scored: tuple[Site, ...] = ()) -> None:
-        self.inner = inner or transformer_flux.FluxAttnProcessor()
-        self.site, self.scored = site, scored
+    default_inner = transformer_flux.FluxAttnProcessor
 
     def __call__(
         self,
@@ -37,49 +37,71 @@ class FluxTokenCacheAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        ip_hidden_states: Any = None,
+        ip_adapter_masks: Any = None,
     ) -> Any:
+        extra = {"ip_hidden_states": ip_hidden_states, "ip_adapter_masks": ip_adapter_masks}
+        extra = {name: value for name, value in extra.items() if value is not None and name in self.accepted}
+
         def compute(tokens: torch.Tensor, take: Take) -> Any:
-            return self.inner(attn, tokens, encoder_hidden_states, attention_mask, image_rotary_emb)
+            return self.inner(attn, tokens, encoder_hidden_states, attention_mask, image_rotary_emb, **extra)
 
         if self.site is None:
             return compute(hidden_states, lambda tokens: tokens)
         output = self.site(hidden_states, compute)
-        if self.site.mode is Mode.FULL and any(site.selector.needs_attention for site in self.scored):
-            received = self._received(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-            if encoder_hidden_states is None:
-                self.scored[0].memory.received = received
-            else:
-                image, text = self.scored
-                text_length = encoder_hidden_states.shape[1]
-                text.memory.received, image.memory.received = received[:, :text_length], received[:, text_length:]
+        if needs := self.observing:
+            seen = self._observe(attn, hidden_states, encoder_hidden_states, image_rotary_emb, needs)
+            start = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+            for site in self.scored:
+                part = slice(0, start) if site.stream == "text" else slice(start, None)
+                site.memory.observed = {name: value[:, part] for name, value in seen.items()}
         return output
 
-    def _received(
+    def _observe(
         self,
         attn: Any,
         hidden: torch.Tensor,
         text: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """Attention received, [B, T + N]: all keys, every stride-th token of either stream as a query."""
-        total = hidden.shape[1] + (text.shape[1] if text is not None else 0)
-        stride = query_stride(total)
+        needs: frozenset[str],
+    ) -> dict[str, torch.Tensor]:
+        """What the selector needs, of the joint sequence, text first."""
 
-        def heads(x: torch.Tensor) -> torch.Tensor:
-            return x.view(*x.shape[:-1], -1, attn.head_dim)
+        def heads(which: int, stride: int = 1, norm: bool = False) -> torch.Tensor:
+            image = _project(attn, hidden[:, ::stride], which, text=False)
+            if norm:
+                image = (attn.norm_q, attn.norm_k)[which](image)
+            if text is None:
+                return image
+            words = _project(attn, text[:, ::stride], which, text=True)
+            if norm:
+                words = (attn.norm_added_q, attn.norm_added_k)[which](words)
+            return torch.cat([words, image], dim=1)
 
-        query, key = attn.norm_q(heads(attn.to_q(hidden[:, ::stride]))), attn.norm_k(heads(attn.to_k(hidden)))
-        places = torch.arange(0, hidden.shape[1], stride, device=hidden.device)
-        if text is not None:
-            text_query = attn.norm_added_q(heads(attn.add_q_proj(text[:, ::stride])))
-            text_key = attn.norm_added_k(heads(attn.add_k_proj(text)))
-            query, key = torch.cat([text_query, query], dim=1), torch.cat([text_key, key], dim=1)
-            text_places = torch.arange(0, text.shape[1], stride, device=hidden.device)
-            places = torch.cat([text_places, places + text.shape[1]])
-        if rotary is not None:
-            query = apply_rotary_emb(query, (rotary[0][places], rotary[1][places]), sequence_dim=1)
-            key = apply_rotary_emb(key, rotary, sequence_dim=1)
-        return attention_received(query, key)
+        seen = key_and_value_observations(heads, needs)
+        if "attention" in needs:
+            before = 0 if text is None else text.shape[1]
+            stride = query_stride(before + hidden.shape[1], self.scored[0].config.query_share)
+            query, key = heads(0, stride, norm=True), heads(1, norm=True)
+            if rotary is not None:
+                image_places = torch.arange(before, before + hidden.shape[1], stride, device=hidden.device)
+                places = torch.cat([torch.arange(0, before, stride, device=hidden.device), image_places])
+                query = apply_rotary_emb(query, (rotary[0][places], rotary[1][places]), sequence_dim=1)
+                key = apply_rotary_emb(key, rotary, sequence_dim=1)
+            seen["attention"] = attention_received(query, key)
+        return seen
+
+
+def _project(attn: Any, tokens: torch.Tensor, which: int, text: bool) -> torch.Tensor:
+    """Query (0), key (1) or value (2) of tokens [B, N, C], [B, N, H, D], whether the projections are fused or not."""
+    if attn.fused_projections:
+        projected = (attn.to_added_qkv if text else attn.to_qkv)(tokens).chunk(3, dim=-1)[which]
+    elif text:
+        projected = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)[which](tokens)
+    else:
+        projected = (attn.to_q, attn.to_k, attn.to_v)[which](tokens)
+    heads: torch.Tensor = projected.unflatten(-1, (-1, attn.head_dim))
+    return heads
 
 
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
@@ -94,7 +116,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         site: Site | None = self.__dict__.get("_dit_accel_site")
-        if site is None or site.mode is Mode.PLAIN or not isinstance(self.attn.processor, FluxTokenCacheAttnProcessor):
+        if site is None or site.mode is Mode.PLAIN:
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
         text_length = encoder_hidden_states.shape[1]
         hidden = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -119,21 +141,41 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  
         return hidden[:, :text_length], hidden[:, text_length:]
 
 
-def attach(transformer: FluxTransformer2DModel, run: Run) -> None:
+def grid(given: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of the picture in tokens, from the position ids; tokens of a reference picture (Kontext) follow it."""
+    ids = given["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    if ids.is_meta:
+        return 1, len(ids)
+    picture = ids[ids[:, 0] == ids[0, 0]]
+    height, width = (len(picture[:, axis].unique()) for axis in (1, 2))
+    return (height, width) if height * width == len(picture) else (1, len(ids))
+
+
+def attach(transformer: FluxTransformer2DModel, run: Run, processors_only: bool) -> dict[str, FluxTokenCacheAttnProcessor]:
+    processors = {}
+    no_sites: tuple[Site, ...] = ()
     for layer, block in enumerate(transformer.transformer_blocks):
-        attention, image, text = (run.add(layer, stream) for stream in ("attention", "image", "text"))
-        feed_forward.attach(block.ff, image, f"transformer_blocks.{layer}.ff")
-        feed_forward.attach(block.ff_context, text, f"transformer_blocks.{layer}.ff_context")
-        block.attn.set_processor(FluxTokenCacheAttnProcessor(block.attn.processor, attention, (image, text)))
+        name = f"transformer_blocks.{layer}"
+        attention, scored = run.add(layer, "attention"), no_sites
+        if not processors_only:
+            scored = run.add(layer, "image"), run.add(layer, "text")
+            feed_forward.attach(block.ff, scored[0], f"{name}.ff")
+            feed_forward.attach(block.ff_context, scored[1], f"{name}.ff_context")
+        processor = processors[f"{name}.attn.processor"] = FluxTokenCacheAttnProcessor(block.attn.processor, attention, scored)
+        run.attached.append((block.attn, processor, (attention, *scored)))
     for layer, block in enumerate(transformer.single_transformer_blocks):
         name = f"single_transformer_blocks.{layer}"
-        if type(block) is not transformer_flux.FluxSingleTransformerBlock:
-            raise TypeError(f"{name} is a {type(block).__name__}, not diffusers' FluxSingleTransformerBlock.")
-        if "forward" in vars(block):
-            raise TypeError(f"{name}.forward is wrapped, by offloading for example. Call dit_accel.apply before enabling it.")
-        attention, joint = run.add(layer, "attention"), run.add(layer, "joint")
-        block.__class__, block._dit_accel_site = FluxSingleTransformerBlock, joint
-        block.attn.set_processor(FluxTokenCacheAttnProcessor(block.attn.processor, attention, (joint,)))
+        attention, scored = run.add(layer, "attention"), no_sites
+        if not processors_only:
+            if type(block) is not transformer_flux.FluxSingleTransformerBlock:
+                raise TypeError(f"{name} is a {type(block).__name__}, not diffusers' FluxSingleTransformerBlock.")
+            feed_forward.refuse_wrapped(block, name)
+            scored = (run.add(layer, "joint"),)
+            block.__class__, block._dit_accel_site = FluxSingleTransformerBlock, scored[0]
+        processor = processors[f"{name}.attn.processor"] = FluxTokenCacheAttnProcessor(block.attn.processor, attention, scored)
+        run.attached.append((block.attn, processor, (attention, *scored)))
+    return processors
 
 
 def detach(transformer: FluxTransformer2DModel) -> None:

@@ -8,29 +8,27 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+from dit_accel import selection
 from dit_accel.families import feed_forward
-from dit_accel.importance import attention_received, query_stride
-from dit_accel.schedule import Mode
-from dit_accel.state import Run, Site, Take
+from dit_accel.families.attention import TokenCacheAttnProcessor, key_and_value_observations
+from dit_accel.importance import attention_entropy, attention_received, query_stride
+from dit_accel.site import Site, Take
+from dit_accel.state import Run
 
 TRANSFORMER = PixArtTransformer2DModel
+OBSERVATIONS = frozenset(selection.OBSERVATIONS)
+TIMESTEP_SCALE = 1
+BATCHED_GUIDANCE = True
 
 
-class PixArtTokenCacheAttnProcessor:
+class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
     """Computes attention through the processor it wraps, for the queries that its site asks for.
 
     In self-attention the site reuses the output whole on partial steps; in cross-attention it selects queries, which see
-    the whole text.
-
-    Args:
-        inner: the processor that was there.
-        site: where the output is remembered; without one the inner processor is called and nothing else.
-        scored: the sites that select tokens by the attention received here.
+    the whole text. `scored` are both sites that select tokens of the block.
     """
 
-    def __init__(self, inner: Any = None, site: Site | None = None, scored: tuple[Site, ...] = ()) -> None:
-        self.inner = inner or AttnProcessor2_0()
-        self.site, self.scored = site, scored
+    default_inner = AttnProcessor2_0
 
     def __call__(
         self,
@@ -45,26 +43,67 @@ class PixArtTokenCacheAttnProcessor:
         if self.site is None:
             return compute(hidden_states, lambda tokens: tokens)
         output = self.site(hidden_states, compute)
-        if self.site.mode is Mode.FULL and any(site.selector.needs_attention for site in self.scored):
-            stride = query_stride(hidden_states.shape[1])
-            query = attn.to_q(hidden_states[:, ::stride]).unflatten(-1, (attn.heads, -1))
-            key = attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1))
-            if attn.norm_q is not None:
-                query = attn.norm_q(query)
-            if attn.norm_k is not None:
-                key = attn.norm_k(key)
-            received = attention_received(query, key)
+        crossing = self.site.stream == "cross-attention"
+        if needs := self.observing & (frozenset({"entropy"}) if crossing else OBSERVATIONS - {"entropy"}):
+            seen = self._observe(attn, hidden_states, encoder_hidden_states, attention_mask, needs)
             for site in self.scored:
-                site.memory.received = received
+                site.memory.observed = {**site.memory.observed, **seen}
         return output
 
+    def _observe(
+        self,
+        attn: Any,
+        hidden: torch.Tensor,
+        text: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        needs: frozenset[str],
+    ) -> dict[str, torch.Tensor]:
+        def heads(which: int, stride: int = 1, norm: bool = False) -> torch.Tensor:
+            projected = _project(attn, hidden[:, ::stride] if which == 0 or text is None else text, which, text is not None)
+            layer = (attn.norm_q, attn.norm_k)[which] if norm else None
+            return layer(projected) if layer is not None else projected
 
-def attach(transformer: PixArtTransformer2DModel, run: Run) -> None:
+        seen = key_and_value_observations(heads, needs)
+        if "attention" in needs:
+            stride = query_stride(hidden.shape[1], self.scored[0].config.query_share)
+            seen["attention"] = attention_received(heads(0, stride, norm=True), heads(1, norm=True))
+        if "entropy" in needs:
+            seen["entropy"] = attention_entropy(heads(0, norm=True), heads(1, norm=True), mask)
+        return seen
+
+
+def _project(attn: Any, tokens: torch.Tensor, which: int, cross: bool) -> torch.Tensor:
+    """Query (0), key (1) or value (2) of tokens [B, N, C], [B, N, H, D], whether the projections are fused or not."""
+    if not attn.fused_projections or (cross and which == 0):
+        projected = (attn.to_q, attn.to_k, attn.to_v)[which](tokens)
+    elif cross:
+        projected = attn.to_kv(tokens).chunk(2, dim=-1)[which - 1]
+    else:
+        projected = attn.to_qkv(tokens).chunk(3, dim=-1)[which]
+    heads: torch.Tensor = projected.unflatten(-1, (attn.heads, -1))
+    return heads
+
+
+def grid(given: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of the picture in tokens."""
+    patch = given["self"].config.patch_size
+    return given["hidden_states"].shape[-2] // patch, given["hidden_states"].shape[-1] // patch
+
+
+def attach(transformer: PixArtTransformer2DModel, run: Run, processors_only: bool) -> dict[str, PixArtTokenCacheAttnProcessor]:
+    processors = {}
     for layer, block in enumerate(transformer.transformer_blocks):
-        attention, cross, ff = (run.add(layer, stream) for stream in ("attention", "cross-attention", "feed-forward"))
-        feed_forward.attach(block.ff, ff, f"transformer_blocks.{layer}.ff")
-        block.attn1.set_processor(PixArtTokenCacheAttnProcessor(block.attn1.processor, attention, (cross, ff)))
-        block.attn2.set_processor(PixArtTokenCacheAttnProcessor(block.attn2.processor, cross))
+        name = f"transformer_blocks.{layer}"
+        attention, cross = run.add(layer, "attention"), run.add(layer, "cross-attention")
+        rest: tuple[Site, ...] = ()
+        if not processors_only:
+            rest = (run.add(layer, "feed-forward"),)
+            feed_forward.attach(block.ff, rest[0], f"{name}.ff")
+        for attn, part, sites in ((block.attn1, "attn1", (attention, *rest)), (block.attn2, "attn2", (cross,))):
+            processor = PixArtTokenCacheAttnProcessor(attn.processor, sites[0], (cross, *rest))
+            processors[f"{name}.{part}.processor"] = processor
+            run.attached.append((attn, processor, sites))
+    return processors
 
 
 def detach(transformer: PixArtTransformer2DModel) -> None:

@@ -1,5 +1,5 @@
-"""FLUX's and PixArt's cached forward, slow and readable: one picture at a time, every token computed, then all but the
-selected ones thrown away. Written from the equations; shares nothing with the engine but diffusers' modules."""
+"""FLUX's and PixArt's cached forward, slow and readable: every token computed, then all but the selected ones thrown away,
+token by token in plain loops. Written from the equations; shares nothing with the engine but diffusers' modules."""
 
 from __future__ import annotations
 
@@ -10,68 +10,209 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 
 class Cache:
-    """One picture's caches, ages and counters."""
+    """Caches, ages and counters of a batch of pictures."""
 
-    def __init__(self, config) -> None:
-        self.config, self.step = config, -1
-        self.features, self.ages, self.received = {}, {}, {}
+    def __init__(self, config, grid, steps=None, halves=False) -> None:
+        self.config, self.grid, self.steps, self.halves = config, grid, steps, halves
+        self.step, self.next_full = -1, 0
+        self.features, self.ages, self.inputs, self.seen = {}, {}, {}, {}
+        self.history = {}  # of every computation, (step, features) at full steps
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def begin(self, lengths: list[int]) -> None:
         """`lengths`: tokens of every token-wise computation in the order of the model."""
         self.step += 1
-        c, since = self.config, self.step - self.config.warmup_steps + 1
-        self.full = since <= 0 or since % c.interval == 0
-        if not self.full:
+        c, s = self.config, self.step
+        self.full = s >= self.next_full
+        if self.full and s + 1 < c.warmup_steps:
+            self.next_full = s + 1
+        elif self.full:
+            w = c.interval_spread
+            self.next_full = s + (round(c.interval / (1 - w + 2 * w * s / self.steps)) if w else c.interval)
+        else:
             self.noise = list(torch.rand(sum(lengths), generator=self.generator).split(lengths))
 
     def whole(self, name, compute):
-        """Attention: computed on full steps, reused on partial ones."""
+        """Attention: computed on full steps, reused or forecast on partial ones."""
         if self.full:
-            self.features[name] = compute()
-        return self.features[name]
+            self.remember(name, compute())
+        return self.predict(name)
 
-    def tokenwise(self, name, every_token, kind: str, text: int = 0, received=None):
-        """every_token [N, C]: what a full step would give. Keeps the old rows except those selected."""
-        n, c = len(every_token), self.config
-        if self.full:
-            self.features[name], self.ages[name] = every_token.clone(), [0] * n
+    def remember(self, name, features):
+        self.features[name] = features
+        self.history.setdefault(name, []).append((self.step, features))
+
+    def predict(self, name):
+        if self.config.fill == "reuse":
             return self.features[name]
+        if isinstance(self.features[name], tuple):
+            return tuple(
+                taylor([(s, f[i]) for s, f in self.history[name]], self.step, self.config.forecast_order)
+                for i in range(len(self.features[name]))
+            )
+        return taylor(self.history[name], self.step, self.config.forecast_order)
+
+    def tokenwise(self, name, every_token, inputs, stream, layer, text=0):
+        """every_token [B, N, C]: what a full step would give. Keeps the others' old or forecast rows."""
+        c, (batch, n) = self.config, every_token.shape[:2]
+        if self.full:
+            self.remember(name, every_token.clone())
+            self.ages[name], self.inputs[name] = [[0] * n for _ in range(batch)], inputs.clone()
+            return every_token.clone()
         noise = self.noise.pop(0)
-        share, candidates, always = 1 - c.cache_ratio, list(range(n)), []
-        if c.text_tokens != "select" and kind == "text":
+        candidates, always = list(range(n)), []
+        if c.text_tokens != "select" and stream == "text":
             candidates, always = [], list(range(n)) if c.text_tokens == "full" else []
-        if c.text_tokens != "select" and kind == "joint":
+        if c.text_tokens != "select" and stream == "joint":
             candidates, always = list(range(text, n)), list(range(text)) if c.text_tokens == "full" else []
-        score = (noise if c.selector == "random" else received).tolist()
-        length = math.sqrt(sum(s**2 for s in score))
-        total = [score[i] / length + c.age_weight * self.ages[name][i] / c.interval for i in range(n)]
+        share = min(max((1 - c.cache_ratio) * self.factor(stream, layer), 0.0), 1.0)
         k = math.floor(share * len(candidates) + 1e-6)
-        chosen = always + sorted(candidates, key=lambda i: -total[i])[:k]
-        for i in range(n):
-            self.ages[name][i] += 1
-            if i in chosen:
-                self.features[name][i], self.ages[name][i] = every_token[i], 0
-        return self.features[name]
+        totals = []
+        for b in range(batch):
+            if not candidates or not k:
+                continue
+            rows = {i: r for r, i in enumerate(candidates)}
+            seen = {key: [value[b][i] for i in candidates] for key, value in self.seen.get((name, "seen"), {}).items()}
+            score = SCORES[c.selector](
+                tokens=inputs[b][candidates], noise=[float(noise[i]) for i in candidates], seen=seen, k=k,
+                last=self.inputs[name][b][candidates], grid=self.grid, stream=stream,
+                text=sum(i < text for i in candidates) if stream == "joint" else 0,
+            )  # fmt: skip
+            length = math.sqrt(sum(s**2 for s in score))
+            total = [score[rows[i]] / length + c.age_weight * self.ages[name][b][i] / c.interval for i in candidates]
+            if c.spatial_bonus and stream != "text":
+                start = sum(i < text for i in candidates) if stream == "joint" else 0
+                for tile in tiles(self.grid, c.spatial_tile):
+                    best = max(tile, key=lambda p: total[start + p])
+                    total[start + best] *= 1 + c.spatial_bonus
+            totals.append(total)
+        if self.halves and totals:
+            half = batch // 2
+            totals = 2 * [[(x + y) / 2 for x, y in zip(totals[b], totals[half + b], strict=True)] for b in range(half)]
+        output = self.predict(name).clone()
+        for b in range(batch):
+            ranked = sorted(range(len(candidates)), key=lambda r: -totals[b][r])[:k] if totals else []
+            chosen = always + [candidates[r] for r in ranked]
+            for i in range(n):
+                self.ages[name][b][i] += 1
+                if i in chosen:
+                    output[b, i], self.ages[name][b][i] = every_token[b, i], 0
+                    self.inputs[name][b, i] = inputs[b, i]
+        if c.fill == "reuse":
+            self.features[name] = output
+        return output
+
+    def factor(self, stream, layer):
+        if self.config.ratio_schedule == "constant":
+            return 1.0
+        if stream in ("image", "text"):
+            return (1.5 - layer / 27) * 0.4
+        if stream == "joint":
+            return (1.5 - layer / 27) * 1.6
+        return (1.9 - 1.8 * self.step / self.steps) * (1.6 - 1.2 * layer / 27) * (0.6 if stream == "cross-attention" else 1.6)
 
 
-def softmax_map_received(query, key):
-    """query, key [N, H, D] -> [N], from the whole attention map."""
-    maps = torch.einsum("qhd,khd->hqk", query, key).div(math.sqrt(query.shape[-1])).softmax(-1)
-    return maps.mean(dim=(0, 1))
+def taylor(history, step, order):
+    """Expansion around the last of (step, features), derivatives by backward differences, computed anew."""
+
+    def derivative(i, last):
+        if i == 0:
+            return history[last][1]
+        return (derivative(i - 1, last) - derivative(i - 1, last - 1)) / (history[last][0] - history[last - 1][0])
+
+    last = len(history) - 1
+    distance = step - history[last][0]
+    return sum(derivative(i, last) * distance**i / math.factorial(i) for i in range(min(order, last) + 1))
+
+
+def tiles(grid, side):
+    height, width = grid
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            yield [y * width + x for y in range(top, min(top + side, height)) for x in range(left, min(left + side, width))]
+
+
+def cosine(x, y):
+    return float(x.double() @ y.double() / (x.double().norm() * y.double().norm()))
+
+
+def best_noise(noise, k):
+    return sorted(range(len(noise)), key=lambda i: -noise[i])[: max(1, round(k / 10))]
+
+
+def similarity(tokens, noise, k, **_):
+    base = best_noise(noise, k)
+    return [2.0 if i in base else max(cosine(x, tokens[j]) for j in base) for i, x in enumerate(tokens)]
+
+
+def diverse(tokens, noise, k, **_):
+    chosen = best_noise(noise, k)
+    head_start = 3.0 * (1 + math.ceil(math.log2(max(2, k))))
+    score = {i: head_start for i in chosen}
+    near = lambda i: max(cosine(tokens[i], tokens[j]) for j in chosen)
+    while len(chosen) < k:
+        head_start -= 3
+        rest = sorted((i for i in range(len(tokens)) if i not in score), key=near)
+        fresh = rest[: min(len(chosen), k - len(chosen))]
+        score.update({i: head_start + 1 - near(i) for i in fresh})
+        chosen = chosen + fresh
+    return [score[i] if i in score else 1 - near(i) for i in range(len(tokens))]
+
+
+def stratified(tokens, noise, k, grid, stream, text, **_):
+    n, share = len(tokens), k / len(tokens)
+    strip = max(1, round(1 / share))
+    strips = lambda start, end: [list(range(i, min(i + strip, end))) for i in range(start, end, strip)]
+    if stream == "text":
+        groups = strips(0, n)
+    else:
+        square = tiles(grid, max(1, round(math.sqrt(1 / share))))
+        groups = strips(0, text) + [[text + p for p in tile] for tile in square]
+    score = [0.0] * n
+    for group in groups:
+        for rank, i in enumerate(sorted(group, key=lambda i: -noise[i])):
+            score[i] = noise[i] - rank
+    return [s - min(score) for s in score]
+
+
+SCORES = {
+    "random": lambda noise, **_: noise,
+    "attention": lambda seen, **_: seen["received"],
+    "k-norm": lambda seen, **_: seen["k"],
+    "v-norm": lambda seen, **_: seen["v"],
+    "cross-entropy": lambda seen, **_: seen["entropy"],
+    "drift": lambda tokens, last, **_: [1 - cosine(x, y) for x, y in zip(tokens, last, strict=True)],
+    "similarity": similarity,
+    "diverse": diverse,
+    "stratified": stratified,
+}
+
+
+def softmax_map(query, key):
+    """[B, N, H, D] x [B, M, H, D] -> the whole attention map [B, H, N, M]."""
+    return torch.einsum("bqhd,bkhd->bhqk", query, key).div(math.sqrt(query.shape[-1])).softmax(-1)
+
+
+def lists(**seen):
+    return {name: value.tolist() for name, value in seen.items()}
+
+
+def norms(heads):
+    return heads.pow(2).sum(-1).sqrt().mean(-1)
 
 
 def flux_forward(model, cache: Cache, hidden, text, pooled, timestep, img_ids, txt_ids):
-    """One picture: hidden [1, N, C], text [1, T, C], as FluxTransformer2DModel.forward."""
+    """hidden [B, N, C], text [B, T, C], as FluxTransformer2DModel.forward."""
     n, t = hidden.shape[1], text.shape[1]
     cache.begin([n, t] * len(model.transformer_blocks) + [n + t] * len(model.single_transformer_blocks))
     hidden, text = model.x_embedder(hidden), model.context_embedder(text)
     temb = model.time_text_embed(timestep * 1000, pooled)
     rope = model.pos_embed(torch.cat([txt_ids, img_ids]))
+    split = lambda x: x.unflatten(-1, (model.config.num_attention_heads, -1))
 
-    def heads(attn, q, k):
-        q, k = (apply_rotary_emb(x, rope, sequence_dim=1)[0] for x in (q, k))
-        return softmax_map_received(q, k)
+    def observe(q, k, v, raw_k):
+        received = softmax_map(*(apply_rotary_emb(x, rope, sequence_dim=1) for x in (q, k))).mean(dim=(1, 2))
+        return {"received": received, "k": norms(raw_k), "v": norms(v)}
 
     for i, block in enumerate(model.transformer_blocks):
         a = block.attn
@@ -79,52 +220,62 @@ def flux_forward(model, cache: Cache, hidden, text, pooled, timestep, img_ids, t
         y, c_gate, c_shift, c_scale, c_gate_mlp = block.norm1_context(text, emb=temb)
         image_out, text_out = cache.whole((i, "attention"), lambda: a(x, y, image_rotary_emb=rope))
         if cache.full:
-            split = lambda z: z.unflatten(-1, (a.heads, -1))
-            q = torch.cat([a.norm_added_q(split(a.add_q_proj(y))), a.norm_q(split(a.to_q(x)))], 1)
-            k = torch.cat([a.norm_added_k(split(a.add_k_proj(y))), a.norm_k(split(a.to_k(x)))], 1)
-            cache.received[i] = heads(a, q, k)
+            key = torch.cat([split(a.add_k_proj(y)), split(a.to_k(x))], 1)
+            seen = observe(
+                torch.cat([a.norm_added_q(split(a.add_q_proj(y))), a.norm_q(split(a.to_q(x)))], 1),
+                torch.cat([a.norm_added_k(key[:, :t]), a.norm_k(key[:, t:])], 1),
+                torch.cat([split(a.add_v_proj(y)), split(a.to_v(x))], 1),
+                key,
+            )
+            cache.seen[(i, "image"), "seen"] = lists(**{name: value[:, t:] for name, value in seen.items()})
+            cache.seen[(i, "text"), "seen"] = lists(**{name: value[:, :t] for name, value in seen.items()})
         hidden = hidden + gate[:, None] * image_out
-        ff = block.ff(block.norm2(hidden) * (1 + scale[:, None]) + shift[:, None])[0]
-        hidden = hidden + gate_mlp[:, None] * cache.tokenwise((i, "image"), ff, "image", received=cache.received[i][t:])
+        inputs = block.norm2(hidden) * (1 + scale[:, None]) + shift[:, None]
+        hidden = hidden + gate_mlp[:, None] * cache.tokenwise((i, "image"), block.ff(inputs), inputs, "image", i)
         text = text + c_gate[:, None] * text_out
-        ff = block.ff_context(block.norm2_context(text) * (1 + c_scale[:, None]) + c_shift[:, None])[0]
-        text = text + c_gate_mlp[:, None] * cache.tokenwise((i, "text"), ff, "text", received=cache.received[i][:t])
+        inputs = block.norm2_context(text) * (1 + c_scale[:, None]) + c_shift[:, None]
+        text = text + c_gate_mlp[:, None] * cache.tokenwise((i, "text"), block.ff_context(inputs), inputs, "text", i)
     joint = torch.cat([text, hidden], 1)
     for i, block in enumerate(model.single_transformer_blocks):
         a = block.attn
         x, gate = block.norm(joint, emb=temb)
         attention = cache.whole((i, "single"), lambda: a(x, image_rotary_emb=rope))
         if cache.full:
-            split = lambda z: z.unflatten(-1, (a.heads, -1))
-            cache.received["single", i] = heads(a, a.norm_q(split(a.to_q(x))), a.norm_k(split(a.to_k(x))))
-        out = block.proj_out(torch.cat([attention, block.act_mlp(block.proj_mlp(x))], 2))[0]
-        received = cache.received["single", i]
-        joint = joint + gate[:, None] * cache.tokenwise((i, "joint"), out, "joint", text=t, received=received)
+            key = split(a.to_k(x))
+            seen = observe(a.norm_q(split(a.to_q(x))), a.norm_k(key), split(a.to_v(x)), key)
+            cache.seen[(i, "joint"), "seen"] = lists(**seen)
+        out = block.proj_out(torch.cat([attention, block.act_mlp(block.proj_mlp(x))], 2))
+        joint = joint + gate[:, None] * cache.tokenwise((i, "joint"), out, joint, "joint", i, text=t)
     return model.proj_out(model.norm_out(joint[:, t:], temb))
 
 
 def pixart_forward(model, cache: Cache, latents, text, mask, timestep):
-    """One picture: latents [1, C, H, W], text [1, T, C], mask [1, T], as PixArtTransformer2DModel.forward."""
+    """latents [B, C, H, W], text [B, T, C], mask [B, T], as PixArtTransformer2DModel.forward."""
     p = model.config.patch_size
-    height, width = latents.shape[2] // p, latents.shape[3] // p
-    n = height * width
-    cache.begin([n, n] * len(model.transformer_blocks))
+    batch, height, width = len(latents), latents.shape[2] // p, latents.shape[3] // p
+    cache.begin([height * width] * 2 * len(model.transformer_blocks))
     bias = (1 - mask.to(latents.dtype))[:, None] * -10000.0
     x = model.pos_embed(latents)
-    emb, embedded = model.adaln_single(timestep, {"resolution": None, "aspect_ratio": None}, batch_size=1, hidden_dtype=x.dtype)
+    emb, embedded = model.adaln_single(timestep, {"resolution": None, "aspect_ratio": None}, batch_size=batch, hidden_dtype=x.dtype)
     text = model.caption_projection(text)
+    split = lambda x: x.unflatten(-1, (model.config.num_attention_heads, -1))
     for i, block in enumerate(model.transformer_blocks):
-        s1, c1, g1, s2, c2, g2 = (block.scale_shift_table[None] + emb.reshape(1, 6, -1)).chunk(6, dim=1)
-        normed = block.norm1(x) * (1 + c1) + s1
+        s1, c1, g1, s2, c2, g2 = (block.scale_shift_table[None] + emb.reshape(batch, 6, -1)).chunk(6, dim=1)
+        a, normed = block.attn1, block.norm1(x) * (1 + c1) + s1
         x = x + g1 * cache.whole((i, "self"), lambda: block.attn1(normed))
         if cache.full:
-            q, k = (w(normed).unflatten(-1, (block.attn1.heads, -1))[0] for w in (block.attn1.to_q, block.attn1.to_k))
-            cache.received[i] = softmax_map_received(q, k)
-        cross = block.attn2(x, encoder_hidden_states=text, attention_mask=bias)[0]
-        x = x + cache.tokenwise((i, "cross"), cross, "image", received=cache.received[i])
-        ff = block.ff(block.norm2(x) * (1 + c2) + s2)[0]
-        x = x + g2 * cache.tokenwise((i, "ff"), ff, "image", received=cache.received[i])
+            key, value = split(a.to_k(normed)), split(a.to_v(normed))
+            received = softmax_map(split(a.to_q(normed)), key).mean(dim=(1, 2))
+            logits = torch.einsum("bqhd,bkhd->bhqk", split(block.attn2.to_q(x)), split(block.attn2.to_k(text)))
+            maps = (logits / math.sqrt(key.shape[-1]) + bias[:, None]).double().softmax(-1)
+            entropy = -(maps * maps.clamp(min=1e-300).log()).sum(-1).mean(1)
+            seen = lists(received=received, k=norms(key), v=norms(value), entropy=entropy)
+            cache.seen[(i, "cross"), "seen"] = cache.seen[(i, "ff"), "seen"] = seen
+        cross = block.attn2(x, encoder_hidden_states=text, attention_mask=bias)
+        x = x + cache.tokenwise((i, "cross"), cross, x, "cross-attention", i)
+        inputs = block.norm2(x) * (1 + c2) + s2
+        x = x + g2 * cache.tokenwise((i, "ff"), block.ff(inputs), inputs, "feed-forward", i)
     shift, scale = (model.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
     x = model.proj_out(model.norm_out(x) * (1 + scale) + shift)
-    x = x.reshape(1, height, width, p, p, model.out_channels)
-    return torch.einsum("nhwpqc->nchpwq", x).reshape(1, model.out_channels, height * p, width * p)
+    x = x.reshape(batch, height, width, p, p, model.out_channels)
+    return torch.einsum("nhwpqc->nchpwq", x).reshape(batch, model.out_channels, height * p, width * p)

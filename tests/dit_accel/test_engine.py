@@ -11,72 +11,98 @@ import dit_accel
 from dit_accel import TokenCacheConfig
 from tests.dit_accel import reference
 
-SETTINGS = [
-    dict(interval=3, cache_ratio=0.7, selector="random", age_weight=0.0),
-    dict(interval=4, cache_ratio=0.9, selector="random", age_weight=0.25, warmup_steps=3),
-    dict(interval=3, cache_ratio=0.6, selector="attention", age_weight=0.0),
-    dict(interval=3, cache_ratio=0.8, selector="attention", age_weight=0.01),
-    dict(interval=3, cache_ratio=1.0),
-]
 STEPS = 8
+SELECTORS = [name for name in reference.SCORES]
+SETTINGS = [
+    *(dict(selector=name, interval=3, cache_ratio=0.7, age_weight=0.0) for name in SELECTORS),
+    *(dict(selector=name, interval=4, cache_ratio=0.6, age_weight=0.01) for name in SELECTORS),
+    dict(selector="random", interval=4, cache_ratio=0.9, age_weight=0.25, warmup_steps=3),
+    dict(selector="attention", interval=3, cache_ratio=0.8, age_weight=0.01, spatial_bonus=0.4, spatial_tile=4),
+    dict(selector="random", interval=4, cache_ratio=0.7, spatial_bonus=2.0, spatial_tile=3, age_weight=0.0),
+    dict(selector="random", interval=4, interval_spread=0.4, cache_ratio=0.7, ratio_schedule="toca"),
+    dict(selector="v-norm", interval=3, cache_ratio=0.7, fill="forecast", forecast_order=1),
+    dict(selector="random", interval=2, cache_ratio=0.8, fill="forecast", forecast_order=3),
+    dict(selector="drift", interval=3, cache_ratio=0.7, fill="forecast", forecast_order=2, warmup_steps=2),
+    dict(interval=3, cache_ratio=1.0),
+    dict(interval=3, cache_ratio=1.0, fill="forecast", forecast_order=2, warmup_steps=3),
+]
+name = lambda settings: "-".join(str(value) for value in settings.values())
 
 
 def assert_close(ours, theirs):
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("text_tokens", ["select", "reuse", "full"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@torch.no_grad()
-def test_flux_equals_the_reference(tiny_flux, settings, text_tokens, batch):
-    config = TokenCacheConfig(**settings, text_tokens=text_tokens)
+def flux_runs_agree(tiny_flux, config, batch, grid=(6, 4)):
     model, plain = (tiny_flux().transformer for _ in range(2))
     dit_accel.apply(model, config)
     g = torch.Generator().manual_seed(5)
-    x, text, pooled = (torch.randn(batch, *s, generator=g) for s in ((6 * 4, 32), (8, 32), (32,)))
-    ids = torch.zeros(6, 4, 3)
-    ids[..., 1], ids[..., 2] = torch.arange(6)[:, None], torch.arange(4)
+    x, text, pooled = (torch.randn(batch, *s, generator=g) for s in ((grid[0] * grid[1], 32), (8, 32), (32,)))
+    ids = torch.zeros(*grid, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(grid[0])[:, None], torch.arange(grid[1])
     ids, txt_ids = ids.flatten(0, 1), torch.zeros(8, 3)
-    caches = [reference.Cache(config) for _ in range(batch)]
-    ours = theirs = x
+    cache, ours, theirs = reference.Cache(config, grid, STEPS), x, x
     for step in range(STEPS):
         t = torch.full((batch,), 1 - step / STEPS)
         a = model(ours, text, pooled, t, ids, txt_ids, return_dict=False)[0]
-        rows = [
-            reference.flux_forward(plain, caches[b], theirs[b : b + 1], text[b : b + 1], pooled[b : b + 1], t[:1], ids, txt_ids)
-            for b in range(batch)
-        ]
-        ours, theirs = ours - 0.3 * a, theirs - 0.3 * torch.cat(rows)
-        assert_close(a, torch.cat(rows))
+        b = reference.flux_forward(plain, cache, theirs, text, pooled, t, ids, txt_ids)
+        ours, theirs = ours - 0.3 * a, theirs - 0.3 * b
+        assert_close(a, b)
     assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [s for s in SETTINGS if s.get("selector") != "cross-entropy"], ids=name)
 @torch.no_grad()
-def test_pixart_equals_the_reference(tiny_pixart, settings, batch):
-    config = TokenCacheConfig(**settings)
+def test_flux_equals_the_reference(tiny_flux, settings, batch):
+    flux_runs_agree(tiny_flux, TokenCacheConfig(**settings, steps=STEPS), batch)
+
+
+@pytest.mark.parametrize("text_tokens", ["reuse", "full"])
+@pytest.mark.parametrize("settings", [s for s in SETTINGS[::3] if s.get("selector") != "cross-entropy"], ids=name)
+@torch.no_grad()
+def test_flux_text_tokens_equal_the_reference(tiny_flux, settings, text_tokens):
+    flux_runs_agree(tiny_flux, TokenCacheConfig(**settings, steps=STEPS, text_tokens=text_tokens), batch=2)
+
+
+def pixart_runs_agree(tiny_pixart, config, batch, guidance):
     model, plain = (tiny_pixart().transformer for _ in range(2))
     dit_accel.apply(model, config)
     g = torch.Generator().manual_seed(5)
+    halves = guidance and config.share_guidance_selection
     x, text = (torch.randn(batch, *s, generator=g) for s in ((8, 12, 8), (8, 32)))
-    mask = (torch.arange(8)[None] < torch.tensor([3, 8, 5])[:batch, None]).long()
-    caches = [reference.Cache(config) for _ in range(batch)]
-    ours = theirs = x
+    mask = (torch.arange(8)[None] < torch.tensor([3, 8, 5, 6])[:batch, None]).long()
+    if guidance:
+        x = torch.cat([x[: batch // 2]] * 2)
+    cache, ours, theirs = reference.Cache(config, (6, 4), STEPS, halves), x, x
     for step in range(STEPS):
         t = torch.full((batch,), 900 - 100 * step)
         a = model(
             ours, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
         )[0]  # fmt: skip
-        rows = [
-            reference.pixart_forward(plain, caches[b], theirs[b : b + 1], text[b : b + 1], mask[b : b + 1], t[:1])
-            for b in range(batch)
-        ]
-        ours, theirs = ours - 0.3 * a, theirs - 0.3 * torch.cat(rows)
-        assert_close(a, torch.cat(rows))
+        b = reference.pixart_forward(plain, cache, theirs, text, mask, t)
+        assert_close(a, b)
+        if guidance:  # as the pipelines do: both halves go on from the same latents
+            a, b = (torch.cat([3 * y[batch // 2 :] - 2 * y[: batch // 2]] * 2) for y in (a, b))
+        ours, theirs = ours - 0.3 * a, theirs - 0.3 * b
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("settings", SETTINGS, ids=name)
+@torch.no_grad()
+def test_pixart_equals_the_reference(tiny_pixart, settings, batch):
+    pixart_runs_agree(tiny_pixart, TokenCacheConfig(**settings, steps=STEPS), batch, guidance=False)
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("selector", SELECTORS)
+@torch.no_grad()
+def test_pixart_guidance_equals_the_reference(tiny_pixart, selector, share, batch):
+    config = TokenCacheConfig(interval=3, cache_ratio=0.7, selector=selector, share_guidance_selection=share, age_weight=0.02)
+    pixart_runs_agree(tiny_pixart, config, batch, guidance=True)
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import dit_accel
 from dit_accel import TokenCacheConfig, fill, importance, selection
-from dit_accel.schedule import Mode, mode_of, tokens_to_compute
+from dit_accel.schedule import Mode, tokens_to_compute
+from dit_accel.state import Inputs, Run
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ from dit_accel.schedule import Mode, mode_of, tokens_to_compute
         ({"age_weight": -1}, "at least 0"),
         ({"age_weight": float("nan")}, "at least 0"),
         ({"text_tokens": "some"}, "select, reuse, full"),
-        ({"selector": "best"}, "random, attention"),
+        ({"selector": "best"}, "random, attention, k-norm"),
     ],
 )
 def test_bad_settings_are_explained(settings, message):
@@ -41,10 +42,22 @@ def test_config_round_trip_and_unknown_keys():
 
 def test_published_full_steps():
     """ToCa on FLUX, 50 steps: 14, 12 and 10 full steps for N = 4, 5, 6; FORA: every N-th."""
-    full = lambda n, w: [s for s in range(50) if mode_of(s, n, w) is Mode.FULL]
-    assert full(4, 3) == [0, 1, 2, *range(6, 50, 4)]
-    assert [len(full(n, 3)) for n in (4, 5, 6)] == [14, 12, 10]
-    assert full(3, 1) == list(range(0, 50, 3))
+
+    def full(preset, steps, **changes):
+        config, _modes, nothing = TokenCacheConfig.preset(preset, **changes), [], torch.zeros(1, 1, 1)
+        run = Run(config)
+        with torch.no_grad():
+            for step in range(steps):
+                time = torch.tensor([float(steps - step)])
+                run.begin_call(Inputs(nothing, nothing, time, None, lambda: (1, 1), lambda t: steps, False, dict))
+        return [call.step for call in run.calls if call.mode is Mode.FULL]
+
+    assert full("toca-flux", 50) == [0, 1, 2, *range(6, 50, 4)]
+    assert [len(full("toca-flux", 50, interval=n)) for n in (4, 5, 6)] == [14, 12, 10]
+    assert len(full("taylorseer", 50)) == 10
+    assert full("fora", 50) == list(range(0, 50, 3))
+    # PixArt, N = 3, w = 0.2, 20 steps: 3 / 0.8 -> 4, 3 / 0.88 -> 3, 3 / 0.94 -> 3, 3 / 1.0 -> 3, 3 / 1.06 -> 3, 3 / 1.12 -> 3
+    assert full("toca-pixart", 20) == [0, 4, 7, 10, 13, 16, 19]
 
 
 @pytest.mark.parametrize(
@@ -55,18 +68,17 @@ def test_tokens_to_compute(share, tokens, k):
 
 
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 12), st.data())
-def test_take_and_reuse_against_loops(seed, batch, tokens, data):
+def test_take_and_put_against_loops(seed, batch, tokens, data):
     g = torch.Generator().manual_seed(seed)
     cached, computed_all = torch.randn(2, batch, tokens, 3, generator=g).unbind()
     k, rows = data.draw(st.integers(1, tokens)), data.draw(st.sampled_from([1, batch]))
     index = torch.stack([torch.randperm(tokens, generator=g)[:k] for _ in range(rows)])
     before = cached.clone()
-    filled = fill.reuse(cached, index, fill.take(computed_all, index))
+    filled = fill.put(cached, index, fill.take(computed_all, index))
     for b in range(batch):
         chosen = index[b if rows > 1 else 0].tolist()
         for n in range(tokens):
-            assert torch.equal(filled[b, n], (computed_all if n in chosen else cached)[b, n])
-    assert torch.equal(cached, before)
+            assert torch.equal(filled[b, n], (computed_all if n in chosen else before)[b, n])
 
 
 @pytest.mark.parametrize("queries, keys", [(7, 7), (130, 300), (3, 65)])

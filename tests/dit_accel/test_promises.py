@@ -170,8 +170,8 @@ def test_gradients_compute_everything(tiny_flux):
 def test_features_are_freed_at_the_end_of_a_run(case):
     dit_accel.apply(case.pipe, RANDOM)
     case.run()
-    run = case.pipe.transformer._dit_accel[0]
-    assert not run.branches and all(site.memory.output is None for site in run.sites)
+    run = case.pipe.transformer._dit_accel.run
+    assert not run.branches and all(not site.memory.terms for site in run.sites)
     assert dit_accel.report(case.pipe).full_steps > 0
 
 

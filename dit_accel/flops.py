@@ -1,0 +1,87 @@
+"""FLOPs of the calls of a run, counted on a weightless copy of the transformer: 2 for every multiply-add, attention included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit_accel.families import family_of
+from dit_accel.schedule import Mode
+from dit_accel.state import Call, Run
+
+
+def on_meta(value: Any) -> Any:
+    """The same nest of lists, tuples and dicts with tensors that have a shape and a type but no numbers."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta")
+    if isinstance(value, dict):
+        return {key: on_meta(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_meta(part) for part in value)
+    return value
+
+
+class FlopCounter:
+    """Replays calls on the meta device: the model's own code and the engine's, without arithmetic or memory.
+
+    Adapters (LoRA, IP-Adapter) are not part of the copy and not counted.
+
+    Args:
+        transformer: the one that ran; only its class and configuration are kept.
+        run: its run.
+    """
+
+    def __init__(self, transformer: Any, run: Run) -> None:
+        self.build, self.settings, self.processors_only = type(transformer).from_config, transformer.config, run.processors_only
+        self.config, self.grid, self.halves = run.config, run.grid, run.halves
+        self.inputs: Mapping[int, dict[str, Any]] = run.inputs
+        self.known: dict[tuple[Any, ...], int] = {}
+
+    def __call__(self, calls: Iterable[Call]) -> list[int]:
+        """FLOPs of every call."""
+        calls = list(calls)
+        keys = [(self._shapes(call.branch), call.mode, call.counts, call.text) for call in calls]
+        if missing := {key: call for key, call in zip(keys, calls, strict=True) if key not in self.known}:
+            with torch.device("meta"):
+                model = self.build(self.settings).eval()
+            family, run = family_of(model), Run(self.config)
+            processors = dict(family.attach(model, run, self.processors_only))
+            model.set_attn_processor(processors)
+            for key, call in missing.items():
+                self.known[key] = self._count(model, run, call)
+        return [self.known[key] for key in keys]
+
+    def plain(self, calls: Iterable[Call]) -> list[int]:
+        """What every call would cost if nothing were applied."""
+        return self([Call(call.branch, call.step, Mode.PLAIN, (), 0, 0, 0) for call in calls])
+
+    def _shapes(self, branch: int) -> tuple[Any, ...]:
+        return tuple((name, value.shape) for name, value in self.inputs[branch].items() if isinstance(value, torch.Tensor))
+
+    def _count(self, model: Any, run: Run, call: Call) -> int:
+        inputs = {name: value for name, value in self.inputs[call.branch].items() if name != "joint_attention_kwargs"}
+        for site in run.sites:
+            site.release()
+            site.grid, site.halves = self.grid, self.halves
+        if call.mode is Mode.PARTIAL:  # fills the memories
+            self._forward(model, run, Mode.FULL, inputs)
+            chosen = [site for site in run.sites if site.tokens]
+            for site, count in zip(chosen, call.counts, strict=True):
+                site.count, site.text = count, call.text if site.stream == "joint" else 0
+                site.noise = torch.empty(1, site.tokens, device="meta")
+        return self._forward(model, run, call.mode, inputs)
+
+    def _forward(self, model: Any, run: Run, mode: Mode, inputs: dict[str, Any]) -> int:
+        for site in run.sites:
+            site.mode = mode
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**inputs)
+        return counter.get_total_flops()
+
+
+def forget_numbers(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one call of the transformer, as the counter keeps them."""
+    return {name: on_meta(value) for name, value in given.items() if name != "self"}

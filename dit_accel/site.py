@@ -1,0 +1,159 @@
+"""One cached computation of the model, and what is remembered of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dit_accel import fill, schedule, selection
+from dit_accel.config import TokenCacheConfig
+from dit_accel.schedule import Mode
+
+Take = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Memory:
+    """What one guidance branch remembers of one site."""
+
+    def __init__(self) -> None:
+        self.terms: tuple[Any, ...] = ()  # features before the gate, [B, N, C] or a tuple of them; then their derivatives
+        self.ages: torch.Tensor | None = None  # [1 or B, N]
+        self.observed: dict[str, torch.Tensor] = {}  # what the selector needs, by the names of selection.OBSERVATIONS
+
+    def bytes(self) -> int:
+        return fill.size_in_bytes((self.terms, self.ages, tuple(self.observed.values())))
+
+
+class Site:
+    """One cached computation of the model: an attention, a feed-forward, the rear half of a single block.
+
+    The transformer's pre-hook binds everything that changes from call to call (`bind`); blocks and processors only call.
+    """
+
+    def __init__(self, config: TokenCacheConfig, layer: int, stream: str) -> None:
+        self.config, self.layer, self.stream = config, layer, stream
+        self.selector = selection.get(config.selector)
+        self.order = config.forecast_order if config.fill == "forecast" else 0
+        self.release()
+
+    def release(self) -> None:
+        """Forget everything and compute as if nothing had been applied."""
+        self.mode, self.memory = Mode.PLAIN, Memory()
+        self.step = self.count = self.text = 0
+        self.grid, self.halves = (1, 1), False
+        self.noise: torch.Tensor | None = None  # [1, N]
+        self.distance: torch.Tensor | None = None  # steps since the last full step
+        self.weights: list[torch.Tensor] = []  # of the derivatives
+        self.selected: torch.Tensor | None = None  # [1 or B, k], the last selection
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this computation; 0 if nothing is remembered of it, or if it is reused whole."""
+        return self.memory.terms[0].shape[1] if self.memory.terms and self.stream != "attention" else 0
+
+    def share(self, place: schedule.Place) -> float:
+        """Share of the tokens to compute, before it is clamped."""
+        rule = self.config.ratio_schedule
+        return (1 - self.config.cache_ratio) * (rule if callable(rule) else schedule.RATIO_SCHEDULES[rule])(place)
+
+    def expect(self, share: float, text_length: int) -> None:
+        """Work out how many tokens this partial step computes; only the joint sequence starts with text."""
+        self.text, tokens = text_length if self.stream == "joint" else 0, self.tokens
+        if self.config.text_tokens == "select":
+            self.count = schedule.tokens_to_compute(share, tokens)
+        elif self.stream == "text":
+            self.count = tokens if self.config.text_tokens == "full" else 0
+        else:
+            self.count = schedule.tokens_to_compute(share, max(0, tokens - self.text))
+            self.count += self.text if self.config.text_tokens == "full" else 0
+
+    def __call__(self, tokens: torch.Tensor, compute: Callable[[torch.Tensor, Take], Any]) -> Any:
+        """All outputs of `compute`, of which a partial step computes only some.
+
+        Args:
+            tokens: [B, N, C].
+            compute: called with the tokens to compute and a function that takes the same rows out of another [B, N, C].
+        """
+        memory = self.memory
+        if self.mode is Mode.PLAIN:
+            return compute(tokens, _all)
+        if self.mode is Mode.FULL or not memory.terms:
+            return self._remember(tokens, compute(tokens, _all))
+        if self.stream != "attention" and self.count >= tokens.shape[1]:
+            output = compute(tokens, _all)
+            if self.order == 0:
+                memory.terms = (self._kept(output),)
+            return output
+        if self.count == 0 or self.stream == "attention":
+            return fill.extrapolate(memory.terms, self.weights, tokens)
+        index = self._select(tokens)
+        computed = compute(fill.take(tokens, index), lambda other: fill.take(other, index))
+        if self.order == 0:
+            fill.put(memory.terms[0], index, computed)
+            return fill.extrapolate(memory.terms, [], tokens)
+        features = fill.extrapolate(memory.terms, self.weights, tokens)
+        return fill.put(features.clone() if features is memory.terms[0] else features, index, computed)
+
+    def _remember(self, tokens: torch.Tensor, output: Any) -> Any:
+        memory = self.memory
+        memory.terms = tuple(map(self._kept, fill.expansion(output, memory.terms, self.distance, self.order)))
+        if self.stream != "attention":
+            rows = tokens.shape[0] if self.selector.per_picture else 1
+            memory.ages = torch.zeros(rows, tokens.shape[1], device=tokens.device)
+            if "last_tokens" in self.selector.needs:
+                memory.observed["last_tokens"] = tokens.clone()
+        return output
+
+    def _kept(self, features: Any) -> Any:
+        """As they are stored."""
+        dtype, device = self.config.cache_dtype, self.config.cache_device
+        if dtype is None and device is None:
+            return features
+        return fill.map_features(lambda t: fill.narrow(t, getattr(torch, dtype or "", t.dtype), device or t.device), features)
+
+    def _select(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Index [1 or B, count] of the tokens to compute; the ages move on."""
+        memory, config = self.memory, self.config
+        assert memory.ages is not None and self.noise is not None
+        start = self.text if config.text_tokens != "select" else 0  # what lies before is computed always or never
+        always = start if config.text_tokens == "full" else 0
+        context = selection.SelectionContext(
+            tokens=tokens[:, start:],
+            ages=memory.ages[:, start:],
+            noise=self.noise[:, start:],
+            count=self.count - always,
+            grid=self.grid,
+            text=self.text - start,
+            layer=self.layer,
+            stream=self.stream,
+            step=self.step,
+            **{name: seen[:, start:] for name, seen in memory.observed.items()},
+        )
+        scores = selection.total_scores(
+            self.selector.score(context),
+            context.ages,
+            config.age_weight,
+            config.interval,
+            config.spatial_bonus if self.stream != "text" else 0.0,
+            self.grid,
+            config.spatial_tile,
+            context.text,
+        )
+        if self.halves and len(scores) > 1:
+            scores = scores.unflatten(0, (2, -1)).mean(dim=0)
+        index = scores.topk(context.count, dim=-1, sorted=False).indices + start
+        if always:
+            index = torch.cat([torch.arange(always, device=index.device).expand(len(index), -1), index], dim=1)
+        if self.halves and len(index) > 1:
+            index = index.repeat(2, 1)
+        memory.ages = (memory.ages + 1).scatter(1, index.expand(len(memory.ages), -1), 0.0)
+        if "last_tokens" in memory.observed:
+            fill.put(memory.observed["last_tokens"], index, fill.take(tokens, index))
+        self.selected = index
+        return index
+
+
+def _all(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens
