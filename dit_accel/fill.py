@@ -40,8 +40,8 @@ def narrow(features: torch.Tensor, dtype: torch.dtype, device: torch.device | st
     return features.to(device, dtype)
 
 
-def expansion(features: Any, past: tuple[Any, ...], distance: torch.Tensor | None, order: int) -> tuple[Any, ...]:
-    """The terms after a full step: features and their derivatives up to `order`, by backward differences.
+def expansion(features: Any, past: tuple[Any, ...], distance: torch.Tensor | None) -> tuple[Any, ...]:
+    """The terms after a full step: features and one derivative for every term of the past, by backward differences.
 
     Args:
         features: of this full step; past: the terms after the full step before, () if there was none.
@@ -50,7 +50,7 @@ def expansion(features: Any, past: tuple[Any, ...], distance: torch.Tensor | Non
     Source: TaylorSeer, arXiv 2503.06923, section 3.
     """
     terms = [features]
-    for before in past[:order]:
+    for before in past:
         terms.append(map_features(lambda now, then: (now - then.to(now)) / distance, terms[-1], before))
     return tuple(terms)
 

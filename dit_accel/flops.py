@@ -79,7 +79,7 @@ class FlopCounter:
             site.mode = mode
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(**inputs)
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
 
 def forget_numbers(given: dict[str, Any]) -> dict[str, Any]:

@@ -123,12 +123,11 @@ class Report:
         lines = ["branch  step  mode      tokens computed     GFLOPs  cache MiB"]
         for call, flops in zip(self.calls, self.flops, strict=True):
             tokens = f"{call.tokens_computed} of {call.tokens}" if call.mode is Mode.PARTIAL else "all"
-            lines.append(
-                f"{call.branch:6}  {call.step:4}  {call.mode.value:8}  {tokens:>15}  {flops / 1e9:9.3f}  {call.cache_bytes / 2**20:9.1f}"
-            )
+            row = f"{call.branch:6}  {call.step:4}  {call.mode.value:8}  {tokens:>15}"
+            lines.append(f"{row}  {flops / 1e9:9.3f}  {call.cache_bytes / 2**20:9.1f}")
         lines.append(
-            f"{self.full_steps} full and {self.partial_steps} partial calls; a partial call computed {self.tokens_share:.1%} of its "
-            f"tokens; {self.flops_ratio:.2f} times fewer FLOPs; the cache held up to {self.cache_bytes / 2**20:.1f} MiB."
+            f"{self.full_steps} full and {self.partial_steps} partial calls; a partial call computed {self.tokens_share:.1%} of "
+            f"its tokens; {self.flops_ratio:.2f} times fewer FLOPs; the cache held up to {self.cache_bytes / 2**20:.1f} MiB."
         )
         return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,14 @@ OBSERVATIONS = {
 }
 
 
+class Where(Protocol):
+    """A layer on a step."""
+
+    layer: int
+    stream: str
+    step: int
+
+
 @dataclass
 class SelectionContext:
     """What a selector may look at, for one layer on one partial step.
@@ -44,9 +53,8 @@ class SelectionContext:
         grid: height and width of the image in tokens; its tokens follow the text's. Tokens beyond (a reference picture)
             belong to no grid.
         text: text tokens at the front of the sequence.
-        layer: index of the layer within its stream.
-        stream: "image", "text", "joint", "cross-attention" or "feed-forward".
-        step: number of the step, from 0.
+        where: has `layer`, the layer's index within its stream; `stream`, which is "image", "text", "joint",
+            "cross-attention" or "feed-forward"; and `step`, from 0. All three are properties of the context as well.
         keys, values, key_norms, value_norms, attention, entropy, last_tokens: see `OBSERVATIONS`; None unless the selector
             said that it needs them.
     """
@@ -57,9 +65,7 @@ class SelectionContext:
     count: int
     grid: tuple[int, int]
     text: int
-    layer: int
-    stream: str
-    step: int
+    where: Where
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     key_norms: torch.Tensor | None = None
@@ -67,6 +73,19 @@ class SelectionContext:
     attention: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     last_tokens: torch.Tensor | None = None
+
+    # Not fields: what is read becomes a constant of a compiled graph, and the step changes all the time.
+    @property
+    def layer(self) -> int:
+        return self.where.layer
+
+    @property
+    def stream(self) -> str:
+        return self.where.stream
+
+    @property
+    def step(self) -> int:
+        return self.where.step
 
     @property
     def text_mask(self) -> torch.Tensor:

@@ -19,11 +19,16 @@ class Memory:
 
     def __init__(self) -> None:
         self.terms: tuple[Any, ...] = ()  # features before the gate, [B, N, C] or a tuple of them; then their derivatives
+        self.past: tuple[Any, ...] = ()  # on a full step: the terms before it that the new ones are made from
         self.ages: torch.Tensor | None = None  # [1 or B, N]
         self.observed: dict[str, torch.Tensor] = {}  # what the selector needs, by the names of selection.OBSERVATIONS
 
+    def begin_full(self, order: int) -> None:
+        """Forget all that a full step does not need. It is then the same computation every time, one compiled graph."""
+        self.terms, self.past, self.observed = (), self.terms[:order], {}
+
     def bytes(self) -> int:
-        return fill.size_in_bytes((self.terms, self.ages, tuple(self.observed.values())))
+        return fill.size_in_bytes((self.terms, self.past, self.ages, tuple(self.observed.values())))
 
 
 class Site:
@@ -98,7 +103,8 @@ class Site:
 
     def _remember(self, tokens: torch.Tensor, output: Any) -> Any:
         memory = self.memory
-        memory.terms = tuple(map(self._kept, fill.expansion(output, memory.terms, self.distance, self.order)))
+        memory.terms = tuple(self._kept(term) for term in fill.expansion(output, memory.past, self.distance))
+        memory.past = ()
         if self.stream != "attention":
             rows = tokens.shape[0] if self.selector.per_picture else 1
             memory.ages = torch.zeros(rows, tokens.shape[1], device=tokens.device)
@@ -126,9 +132,7 @@ class Site:
             count=self.count - always,
             grid=self.grid,
             text=self.text - start,
-            layer=self.layer,
-            stream=self.stream,
-            step=self.step,
+            where=self,
             **{name: seen[:, start:] for name, seen in memory.observed.items()},
         )
         scores = selection.total_scores(

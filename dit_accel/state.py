@@ -175,7 +175,10 @@ class Run:
         at_distance = torch.tensor(float(max(1, distance)), device=device) if order else None
         weights = [torch.tensor(w, device=device) for w in fill.taylor_weights(distance, order)]
         lost = self._lost()
+        used = sum(memory.bytes() for b in self.branches.values() for memory in b.memories)
         for site, memory in zip(self.sites, branch.memories, strict=True):
+            if mode is Mode.FULL:
+                memory.begin_full(order)
             site.mode = Mode.PLAIN if nothing_cached or id(site) in lost else mode
             site.memory, site.step = Memory() if site.mode is Mode.PLAIN else memory, step
             site.grid, site.halves, site.distance, site.weights = self.grid, self.halves, at_distance, weights
@@ -189,7 +192,6 @@ class Run:
             noise = torch.rand(1, sum(lengths), generator=branch.generator).to(device).split(lengths, dim=1)
             for site, part in zip(chosen, noise, strict=True):
                 site.noise = part
-        used = sum(memory.bytes() for b in self.branches.values() for memory in b.memories)
         counts = tuple(site.count for site in chosen) if mode is Mode.PARTIAL else ()
         total = sum(site.tokens for site in chosen) if mode is Mode.PARTIAL else 0
         self.calls.append(Call(branch.number, step, mode, counts, total, text_length, used))
