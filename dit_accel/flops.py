@@ -24,6 +24,9 @@ def on_meta(value: Any) -> Any:
     return value
 
 
+_KNOWN: dict[Any, dict[Any, int]] = {}  # counted already, by what is applied to what: a whole session asks the same few
+
+
 class FlopCounter:
     """Replays calls on the meta device: the model's own code and the engine's, without arithmetic or memory.
 
@@ -38,7 +41,8 @@ class FlopCounter:
         self.build, self.settings, self.processors_only = type(transformer).from_config, transformer.config, run.processors_only
         self.config, self.grid, self.halves = run.config, run.grid, run.halves
         self.inputs: Mapping[int, dict[str, Any]] = run.inputs
-        self.known: dict[tuple[Any, ...], int] = {}
+        same = (self.build, str(sorted(transformer.config.items())), run.config, run.grid, run.halves, run.processors_only)
+        self.known = _KNOWN.setdefault(same, {})
 
     def __call__(self, calls: Iterable[Call]) -> list[int]:
         """FLOPs of every call."""

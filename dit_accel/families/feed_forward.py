@@ -13,10 +13,10 @@ from dit_accel.site import Site
 class FeedForward(attention.FeedForward):  # type: ignore[misc]  # the name is kept: diffusers and PEFT match modules by it
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         site: Site | None = self.__dict__.get("_dit_accel_site")
+        base = attention.FeedForward.forward  # not super(): a wrapper put around this method may outlive the class here
         if site is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        forward = super().forward
-        output: torch.Tensor = site(hidden_states, lambda tokens, take: forward(tokens, *args, **kwargs))
+            return base(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        output: torch.Tensor = site(hidden_states, lambda tokens, take: base(self, tokens, *args, **kwargs))
         return output
 
 

@@ -117,7 +117,9 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  
     ) -> tuple[torch.Tensor, torch.Tensor]:
         site: Site | None = self.__dict__.get("_dit_accel_site")
         if site is None or site.mode is Mode.PLAIN:
-            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
+            # Not super(): a wrapper put around this method may outlive the class on this instance.
+            base = transformer_flux.FluxSingleTransformerBlock.forward
+            return base(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
         text_length = encoder_hidden_states.shape[1]
         hidden = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         gate: torch.Tensor | None = None
