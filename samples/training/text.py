@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
+from itertools import pairwise
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import normalizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -39,17 +39,25 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-pair merges learned until every caption word is one token."""
+    """Byte-pair merges until every caption word is one token.
+
+    The same every time, which the trainer of `tokenizers` is not where pairs are equally frequent: a training that goes on
+    after an interruption builds its tokenizers anew.
+    """
     special = ["<|startoftext|>", "<|endoftext|>"]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)])
     alphabet = [chr(c) for c in range(33, 127)]
-    bpe.train_from_iterator(
-        all_captions(),
-        trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False),
-    )
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    counts = Counter(re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", " ".join(all_captions()).lower()))
+    words = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
+    merges = []
+    while any(len(parts) > 1 for parts in words.values()):
+        pairs = Counter()
+        for word, parts in words.items():
+            for pair in pairwise(parts):
+                pairs[pair] += counts[word]
+        first = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(first)
+        for word, parts in words.items():
+            words[word] = merged(parts, first)
     vocab = sorted({*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)})
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate([*vocab, *special])},
@@ -60,6 +68,17 @@ def clip_tokenizer() -> CLIPTokenizer:
         pad_token=special[1],
         unk_token=special[1],
     )
+
+
+def merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """The parts of a word with every occurrence of the pair joined."""
+    joined: list[str] = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def t5_encoder(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:

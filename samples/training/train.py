@@ -184,6 +184,9 @@ def encode_pictures(vae: AutoencoderTiny, rows: list, size: int) -> torch.Tensor
 def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> None:
     """In diffusers format, with its model card; the transformer in bfloat16, which halves the folder."""
     pipe.transformer.to(torch.bfloat16)
+    for tokenizer in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)):
+        if tokenizer is not None:
+            tokenizer.backend_tokenizer.no_padding()
     pipe.save_pretrained(folder)
     config = folder / "vae/config.json"  # AutoencoderTiny writes a key that it then warns about when it is loaded
     settings = json.loads(config.read_text())
@@ -204,7 +207,7 @@ def learning_rate(done: float, stage_one: float, total: float) -> float:
 def main(
     family: str = typer.Argument(help="flux or pixart"),
     samples_64: int = typer.Option(60_000, help="Pictures seen at 64 px (64 image tokens)."),
-    samples_128: int = typer.Option(20_000, help="Pictures seen after that at 128 px (256 image tokens)."),
+    samples_128: int = typer.Option(50_000, help="Pictures seen after that at 128 px (256 image tokens)."),
     batch: int = typer.Option(32),
     lr: float = typer.Option(1e-3),
     threads: int = typer.Option(torch.get_num_threads(), help="CPU threads; two trainings side by side want one each."),
@@ -221,6 +224,8 @@ def main(
     out = out or WORK / f"emoji-{family}"
     model = {"flux": Flux, "pixart": PixArt}[family]()
     if start:
+        for name in ("tokenizer", "tokenizer_2") if family == "flux" else ("tokenizer",):
+            setattr(model, name, type(getattr(model, name)).from_pretrained(start / name))
         for name, part in model.named_children():
             part.load_state_dict(type(part).from_pretrained(start / name, torch_dtype=torch.float32).state_dict())
     elif family == "pixart":

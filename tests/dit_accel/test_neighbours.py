@@ -280,10 +280,11 @@ def test_gradient_checkpointing(tiny_flux, tiny_pixart, family):
 
 @pytest.mark.parametrize("family", ["flux", "pixart"])
 def test_int8_weights(tiny_flux, tiny_pixart, family):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from optimum.quanto import freeze, qint8, quantize
 
     pipe, call = (tiny_flux(), {}) if family == "flux" else (tiny_pixart(), PIXART)
-    quantize_(pipe.transformer, Int8WeightOnlyConfig())
+    quantize(pipe.transformer, weights=qint8)
+    freeze(pipe.transformer)
     check(pipe, **call)
 
 
