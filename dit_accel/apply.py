@@ -49,12 +49,13 @@ class _BeginCall:
 
     def __init__(self, run: Run, hook: _ContextHook, family: Family, pipeline: Any) -> None:
         self.run, self.hook, self.family = run, hook, family
+        self.signature = inspect.signature(family.TRANSFORMER.forward)
         self.pipeline = weakref.ref(pipeline) if pipeline is not None else lambda: None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _refuse_what_cannot_be_combined(module)
-        given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        given = self.signature.bind_partial(module, *args, **kwargs).arguments
         self.run.begin_call(
             Inputs(
                 latents=given["hidden_states"],

@@ -12,7 +12,7 @@ from dit_accel.state import Run
 class Family(Protocol):
     """What a family's file offers."""
 
-    TRANSFORMER: type
+    TRANSFORMER: Any
     OBSERVATIONS: frozenset[str]  # what its processors can observe for selectors
     TIMESTEP_SCALE: int  # scheduler timesteps per unit of the transformer's
     BATCHED_GUIDANCE: bool  # whether its pipelines put both halves of guidance into one batch
