@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import dit_accel
 from dit_accel import TokenCacheConfig
+from pipelines.cli import quiet, show
 from pipelines.generation import denoise, settings_for, switch, warm_up
 from pipelines.loading import load
 
@@ -44,6 +44,7 @@ def main(
     output: Path = typer.Option(Path("out/generation.json"), help="Where the measurements are written."),
 ) -> None:
     torch.set_num_threads(threads)
+    quiet()
     table = Table(
         "pipeline", "steps", "N", "R", "selector", "full s", "cached s", "speed-up", "quartiles", caption="Seconds of denoising."
     )
@@ -89,7 +90,7 @@ def main(
     part = output.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1))
     os.replace(part, output)
-    Console().print(table)
+    show(table)
     typer.echo(f"Measurements: {output}")
 
 

@@ -23,10 +23,6 @@ class TokenCacheAttnProcessor:
 
     default_inner: type
 
-    def __init_subclass__(cls) -> None:
-        # diffusers asks for the signature on every call, which takes longer than a partial step of a small layer.
-        cls.__call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
-
     def __init__(self, inner: Any = None, site: Site | None = None, scored: tuple[Site, ...] = ()) -> None:
         self.inner, self.site, self.scored = inner or self.default_inner(), site, scored
         self.accepted = frozenset(inspect.signature(self.inner.__call__).parameters)
