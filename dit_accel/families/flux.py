@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 
-from dit_accel.families import feed_forward
+from dit_accel.families import blocks
 from dit_accel.families.attention import TokenCacheAttnProcessor, key_and_value_observations
 from dit_accel.importance import attention_received, query_stride
 from dit_accel.schedule import Mode
@@ -104,6 +104,44 @@ def _project(attn: Any, tokens: torch.Tensor, which: int, text: bool) -> torch.T
     return heads
 
 
+class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
+    """The double block with the feed-forward of both streams, and the norms before it, computed token by token."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sites: tuple[Site, Site] | None = self.__dict__.get("_dit_accel_sites")
+        if sites is None or sites[0].mode is Mode.PLAIN:
+            # Not super(): a wrapper put around this method may outlive the class on this instance.
+            base = transformer_flux.FluxTransformerBlock.forward
+            return base(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
+        # On a partial step the processor returns the remembered attention of all tokens, whatever it is given; the gates,
+        # shifts and scales belong to the timestep, not to a token.
+        given = slice(1) if sites[0].mode is Mode.PARTIAL else slice(None)
+        image, *image_modulation = self.norm1(hidden_states[:, given], emb=temb)
+        text, *text_modulation = self.norm1_context(encoder_hidden_states[:, given], emb=temb)
+        attention = self.attn(
+            hidden_states=image, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
+        )
+        hidden = self._rest(sites[0], hidden_states, attention[0], image_modulation, self.norm2, self.ff)
+        if len(attention) == 3:  # of an IP-Adapter
+            hidden = hidden + attention[2]
+        text = self._rest(sites[1], encoder_hidden_states, attention[1], text_modulation, self.norm2_context, self.ff_context)
+        return text.clip(-65504, 65504) if text.dtype == torch.float16 else text, hidden
+
+    @staticmethod
+    def _rest(site: Site, hidden: torch.Tensor, attention: torch.Tensor, modulation: Any, norm: Any, ff: Any) -> torch.Tensor:
+        """One stream from its attention on."""
+        gate, shift, scale, ff_gate = (part[:, None] for part in modulation)
+        hidden = blocks.add_gated(site, hidden, gate, attention)
+        return blocks.add_gated(site, hidden, ff_gate, site(hidden, lambda tokens, take: ff(norm(tokens) * (1 + scale) + shift)))
+
+
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
     """The single block with its norm, MLP and output projection computed token by token."""
 
@@ -115,9 +153,8 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        site: Site | None = self.__dict__.get("_dit_accel_site")
-        if site is None or site.mode is Mode.PLAIN:
-            # Not super(): a wrapper put around this method may outlive the class on this instance.
+        sites: tuple[Site] | None = self.__dict__.get("_dit_accel_sites")
+        if sites is None or sites[0].mode is Mode.PLAIN:
             base = transformer_flux.FluxSingleTransformerBlock.forward
             return base(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
         text_length = encoder_hidden_states.shape[1]
@@ -128,16 +165,15 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  
             nonlocal gate
             normed, gate = self.norm(tokens, emb=temb)
             mlp = self.act_mlp(self.proj_mlp(normed))
-            # On a partial step the processor returns the remembered attention of all tokens, whatever it is given.
             attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
             output: torch.Tensor = self.proj_out(torch.cat([take(attention), mlp], dim=2))
             return output
 
-        output = site(hidden, compute)
+        output = sites[0](hidden, compute)
         if gate is None:  # nothing was computed; the gate belongs to the timestep, not to a token
             gate = self.norm(hidden[:, :1], emb=temb)[1]
         assert gate is not None
-        hidden = hidden + gate.unsqueeze(1) * output
+        hidden = blocks.add_gated(sites[0], hidden, gate[:, None], output)
         if hidden.dtype == torch.float16:
             hidden = hidden.clip(-65504, 65504)
         return hidden[:, :text_length], hidden[:, text_length:]
@@ -162,19 +198,15 @@ def attach(transformer: FluxTransformer2DModel, run: Run, processors_only: bool)
         attention, scored = run.add(layer, "attention"), no_sites
         if not processors_only:
             scored = run.add(layer, "image"), run.add(layer, "text")
-            feed_forward.attach(block.ff, scored[0], f"{name}.ff")
-            feed_forward.attach(block.ff_context, scored[1], f"{name}.ff_context")
+            blocks.attach(block, FluxTransformerBlock, scored, name)
         processor = processors[f"{name}.attn.processor"] = FluxTokenCacheAttnProcessor(block.attn.processor, attention, scored)
         run.attached.append((block.attn, processor, (attention, *scored)))
     for layer, block in enumerate(transformer.single_transformer_blocks):
         name = f"single_transformer_blocks.{layer}"
         attention, scored = run.add(layer, "attention"), no_sites
         if not processors_only:
-            if type(block) is not transformer_flux.FluxSingleTransformerBlock:
-                raise TypeError(f"{name} is a {type(block).__name__}, not diffusers' FluxSingleTransformerBlock.")
-            feed_forward.refuse_wrapped(block, name)
             scored = (run.add(layer, "joint"),)
-            block.__class__, block._dit_accel_site = FluxSingleTransformerBlock, scored[0]
+            blocks.attach(block, FluxSingleTransformerBlock, scored, name)
         processor = processors[f"{name}.attn.processor"] = FluxTokenCacheAttnProcessor(block.attn.processor, attention, scored)
         run.attached.append((block.attn, processor, (attention, *scored)))
     return processors
@@ -184,9 +216,4 @@ def detach(transformer: FluxTransformer2DModel) -> None:
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         if isinstance(block.attn.processor, FluxTokenCacheAttnProcessor):
             block.attn.set_processor(block.attn.processor.inner)
-        if isinstance(block, FluxSingleTransformerBlock):
-            del block._dit_accel_site
-            block.__class__ = transformer_flux.FluxSingleTransformerBlock
-    for block in transformer.transformer_blocks:
-        feed_forward.detach(block.ff)
-        feed_forward.detach(block.ff_context)
+        blocks.detach(block)

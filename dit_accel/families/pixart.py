@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
+from diffusers.models import attention as diffusers_attention
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from dit_accel import selection
-from dit_accel.families import feed_forward
+from dit_accel.families import blocks
 from dit_accel.families.attention import TokenCacheAttnProcessor, key_and_value_observations
 from dit_accel.importance import attention_entropy, attention_received, query_stride
+from dit_accel.schedule import Mode
 from dit_accel.site import Site, Take
 from dit_accel.state import Run
 
@@ -84,6 +86,39 @@ def _project(attn: Any, tokens: torch.Tensor, which: int, cross: bool) -> torch.
     return heads
 
 
+class BasicTransformerBlock(diffusers_attention.BasicTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
+    """The block with its feed-forward, and the norm before it, computed token by token; attention's processors do the rest."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        sites: tuple[Site] | None = self.__dict__.get("_dit_accel_sites")
+        if sites is None or sites[0].mode is Mode.PLAIN:
+            given = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs
+            base = diffusers_attention.BasicTransformerBlock.forward  # not super(), see families/flux.py
+            return base(self, *given, *args, **kwargs)  # type: ignore[no-any-return]
+        (site,), extra, hidden = sites, cross_attention_kwargs or {}, hidden_states
+        assert timestep is not None
+        modulation = self.scale_shift_table[None] + timestep.reshape(len(hidden), 6, -1)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)
+        # On a partial step the processor returns the remembered attention of all tokens, whatever it is given.
+        normed = self.norm1(hidden[:, :1] if site.mode is Mode.PARTIAL else hidden) * (1 + scale) + shift
+        hidden = blocks.add_gated(site, hidden, gate, self.attn1(normed, attention_mask=attention_mask, **extra))
+        hidden = hidden + self.attn2(
+            hidden, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **extra
+        )
+        features = site(hidden, lambda tokens, take: self.ff(self.norm2(tokens) * (1 + ff_scale) + ff_shift))
+        return blocks.add_gated(site, hidden, ff_gate, features)
+
+
 def grid(given: dict[str, Any]) -> tuple[int, int]:
     """Height and width of the picture in tokens."""
     patch = given["self"].config.patch_size
@@ -98,7 +133,7 @@ def attach(transformer: PixArtTransformer2DModel, run: Run, processors_only: boo
         rest: tuple[Site, ...] = ()
         if not processors_only:
             rest = (run.add(layer, "feed-forward"),)
-            feed_forward.attach(block.ff, rest[0], f"{name}.ff")
+            blocks.attach(block, BasicTransformerBlock, rest, name)
         for attn, part, sites in ((block.attn1, "attn1", (attention, *rest)), (block.attn2, "attn2", (cross,))):
             processor = PixArtTokenCacheAttnProcessor(attn.processor, sites[0], (cross, *rest))
             processors[f"{name}.{part}.processor"] = processor
@@ -111,4 +146,4 @@ def detach(transformer: PixArtTransformer2DModel) -> None:
         for attn in (block.attn1, block.attn2):
             if isinstance(attn.processor, PixArtTokenCacheAttnProcessor):
                 attn.set_processor(attn.processor.inner)
-        feed_forward.detach(block.ff)
+        blocks.detach(block)

@@ -231,10 +231,10 @@ def flux_forward(model, cache: Cache, hidden, text, pooled, timestep, img_ids, t
             cache.seen[(i, "text"), "seen"] = lists(**{name: value[:, :t] for name, value in seen.items()})
         hidden = hidden + gate[:, None] * image_out
         inputs = block.norm2(hidden) * (1 + scale[:, None]) + shift[:, None]
-        hidden = hidden + gate_mlp[:, None] * cache.tokenwise((i, "image"), block.ff(inputs), inputs, "image", i)
+        hidden = hidden + gate_mlp[:, None] * cache.tokenwise((i, "image"), block.ff(inputs), hidden, "image", i)
         text = text + c_gate[:, None] * text_out
         inputs = block.norm2_context(text) * (1 + c_scale[:, None]) + c_shift[:, None]
-        text = text + c_gate_mlp[:, None] * cache.tokenwise((i, "text"), block.ff_context(inputs), inputs, "text", i)
+        text = text + c_gate_mlp[:, None] * cache.tokenwise((i, "text"), block.ff_context(inputs), text, "text", i)
     joint = torch.cat([text, hidden], 1)
     for i, block in enumerate(model.single_transformer_blocks):
         a = block.attn
@@ -274,7 +274,7 @@ def pixart_forward(model, cache: Cache, latents, text, mask, timestep):
         cross = block.attn2(x, encoder_hidden_states=text, attention_mask=bias)
         x = x + cache.tokenwise((i, "cross"), cross, x, "cross-attention", i)
         inputs = block.norm2(x) * (1 + c2) + s2
-        x = x + g2 * cache.tokenwise((i, "ff"), block.ff(inputs), inputs, "feed-forward", i)
+        x = x + g2 * cache.tokenwise((i, "ff"), block.ff(inputs), x, "feed-forward", i)
     shift, scale = (model.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
     x = model.proj_out(model.norm_out(x) * (1 + scale) + shift)
     x = x.reshape(batch, height, width, p, p, model.out_channels)

@@ -341,25 +341,45 @@ def test_model_offload(tiny_flux, tiny_pixart, family, when):
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_group_offload(tiny_flux, tiny_pixart, family, kind, when):
-    """After apply it works; before, where it hides a block's forward, apply says what to do."""
+    """Applied after it and before it, and gone without a trace from under it."""
     pipe, call = (tiny_flux(), {}) if family == "flux" else (tiny_pixart(), PIXART)
-    model, cached = pipe.transformer, run(dit_accel.apply(pipe, CACHED), **call)
+    plain, cached = run(pipe, **call), run(dit_accel.apply(pipe, CACHED), **call)
     dit_accel.remove(pipe)
-    cpu = torch.device("cpu")
+    model, cpu = pipe.transformer, torch.device("cpu")
     extra = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     offload = lambda: model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **extra)
-    if when == "after":
-        dit_accel.apply(pipe, CACHED)
-        offload()
+    steps = [offload, lambda: dit_accel.apply(pipe, CACHED)]
+    for step in steps if when == "before" else reversed(steps):
+        step()
+    for _ in range(2):
         assert torch.equal(run(pipe, **call), cached) and modes(pipe).count("partial") == 4
-        dit_accel.remove(pipe)
-        run(pipe, **call)
-        return
-    offload()
-    try:
+    dit_accel.remove(pipe)
+    assert torch.equal(run(pipe, **call), plain)
+    assert torch.equal(run(dit_accel.apply(pipe, CACHED), **call), cached)
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sequential_offload(tiny_flux, tiny_pixart, family, when):
+    """Accelerate's hooks on every module, whose weights lie elsewhere between calls."""
+    from accelerate import cpu_offload
+
+    pipe, call = (tiny_flux(), {}) if family == "flux" else (tiny_pixart(), PIXART)
+    plain, cached = run(pipe, **call), run(dit_accel.apply(pipe, CACHED), **call)
+    dit_accel.remove(pipe)
+    steps = [lambda: cpu_offload(pipe.transformer, torch.device("cpu")), lambda: dit_accel.apply(pipe, CACHED)]
+    for step in steps if when == "before" else reversed(steps):
+        step()
+    assert torch.equal(run(pipe, **call), cached) and modes(pipe).count("partial") == 4
+    dit_accel.remove(pipe)
+    assert torch.equal(run(pipe, **call), plain)
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_a_forward_replaced_by_something_unknown_raises(tiny_flux, tiny_pixart, family):
+    pipe = tiny_flux() if family == "flux" else tiny_pixart()
+    block = pipe.transformer.transformer_blocks[1]
+    block.forward = lambda *args, **kwargs: type(block).forward(block, *args, **kwargs)
+    with pytest.raises(TypeError, match=r"transformer_blocks\.1\.forward was replaced.*Call dit_accel\.apply before"):
         dit_accel.apply(pipe, CACHED)
-    except TypeError as error:
-        assert "Call dit_accel.apply before enabling it" in str(error)
-        assert kind == "block_level"
-    else:
-        assert torch.equal(run(pipe, **call), cached) and modes(pipe).count("partial") == 4
+    assert not hasattr(pipe.transformer.transformer_blocks[0], "_dit_accel_sites")
