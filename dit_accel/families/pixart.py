@@ -105,7 +105,8 @@ class BasicTransformerBlock(diffusers_attention.BasicTransformerBlock):  # type:
             given = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs
             base = diffusers_attention.BasicTransformerBlock.forward  # not super(), see families/flux.py
             return base(self, *given, *args, **kwargs)  # type: ignore[no-any-return]
-        (site,), extra, hidden = sites, cross_attention_kwargs or {}, hidden_states
+        (site,), extra = sites, cross_attention_kwargs or {}
+        hidden = hidden_states.contiguous()  # the patch embedding leaves it transposed, which slows every step after it
         assert timestep is not None
         modulation = self.scale_shift_table[None] + timestep.reshape(len(hidden), 6, -1)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)
