@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,7 +40,8 @@ class FlopCounter:
 
     def __init__(self, transformer: Any, run: Run) -> None:
         self.build, self.settings, self.processors_only = type(transformer).from_config, transformer.config, run.processors_only
-        self.config, self.grid, self.halves = run.config, run.grid, run.halves
+        self.config = dataclasses.replace(run.config, cache_device=None)  # numbers on the CPU do not mix with none
+        self.grid, self.halves = run.grid, run.halves
         self.inputs: Mapping[int, dict[str, Any]] = run.inputs
         same = (self.build, str(sorted(transformer.config.items())), run.config, run.grid, run.halves, run.processors_only)
         self.known = _KNOWN.setdefault(same, {})

@@ -186,7 +186,7 @@ def cross_entropy(context: SelectionContext) -> torch.Tensor:
 
 @register_selector("stratified", per_picture=False)
 def stratified(context: SelectionContext) -> torch.Tensor:
-    """Random, but equally many in every tile of the image."""
+    """Random, but every tile of the image gets its share."""
     total, (height, width) = context.tokens.shape[1], context.grid
     image, share = height * width, context.count / total
     if context.stream == "text" or image > total - context.text:
@@ -199,9 +199,11 @@ def stratified(context: SelectionContext) -> torch.Tensor:
             side = max(1, round(math.sqrt(1 / share) if rows > 1 else 1 / share))
             tiled = to_tiles(part, (rows, columns), side, fill=-1.0)
             rank = tiled.argsort(dim=-1, descending=True).argsort(dim=-1)  # 0 for the first of its tile
-            scores.append(from_tiles(tiled - rank, (rows, columns), side))
-    joined = torch.cat(scores, dim=1)
-    return joined - joined.amin()
+            inside = tiled >= 0
+            # The tile's own uniform number makes its r-th token due at (r + start) / tokens, whatever the size of the tile.
+            start = ((tiled * inside).sum(dim=-1, keepdim=True) * 31) % 1
+            scores.append(from_tiles(1 - (rank + start) / inside.sum(dim=-1, keepdim=True), (rows, columns), side))
+    return torch.cat(scores, dim=1)
 
 
 @register_selector("drift", needs={"last_tokens"})

@@ -105,40 +105,137 @@ def root(
     pass
 
 
-# The options of the cache are None unless given, so that giving one without a cache is an error and not ignored.
+# Options of several commands. Those of the cache are None unless given, so that giving one without a cache is an error.
+CACHE, PICTURE, MACHINE = "Cache", "Picture", "Machine"
+Pipeline = Annotated[str, typer.Option(help="A name of `dit-accel pipelines`, a hub id, or a diffusers folder.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Published settings: toca-flux, toca-pixart, fora or taylorseer.", rich_help_panel=CACHE)
+]
+Interval = Annotated[
+    int | None, typer.Option(help="Compute everything on every N-th step.", show_default="4", rich_help_panel=CACHE)
+]
+CacheRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of tokens taken from the cache on the other steps, 0 to 1.", show_default="0.9", rich_help_panel=CACHE
+    ),
+]
+WarmupSteps = Annotated[
+    int | None, typer.Option(help="Compute everything on the first steps.", show_default="1", rich_help_panel=CACHE)
+]
+AgeWeight = Annotated[
+    float | None,
+    typer.Option(
+        help="How much longer-cached tokens are preferred; 0 leaves it to the selector.", show_default="0.25", rich_help_panel=CACHE
+    ),
+]
+RatioSchedule = Annotated[
+    str | None,
+    typer.Option(
+        help="How the share varies with layer and step: constant or toca.", show_default="constant", rich_help_panel=CACHE
+    ),
+]
+SpatialBonus = Annotated[
+    float | None,
+    typer.Option(help="Raise the best token of every tile by this share.", show_default="0", rich_help_panel=CACHE),
+]
+TextTokens = Annotated[
+    str | None,
+    typer.Option(help="Text tokens (FLUX) on other steps: select, reuse or full.", show_default="select", rich_help_panel=CACHE),
+]
+Fill = Annotated[
+    str | None,
+    typer.Option(
+        help="reuse or forecast: tokens from the cache keep their last feature, or get a forecast.",
+        show_default="reuse",
+        rich_help_panel=CACHE,
+    ),
+]
+ForecastOrder = Annotated[
+    int | None, typer.Option(help="Order of the forecast's Taylor expansion, 0 to 3.", show_default="1", rich_help_panel=CACHE)
+]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(help="Keep features narrower, as float8_e4m3fn.", show_default="the model's", rich_help_panel=CACHE),
+]
+CacheDevice = Annotated[
+    str | None, typer.Option(help="Keep features elsewhere, as cpu.", show_default="the model's", rich_help_panel=CACHE)
+]
+SelectorFile = Annotated[
+    Path | None, typer.Option(help="A Python file that registers selectors of your own.", rich_help_panel=CACHE)
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the pipeline's", rich_help_panel=PICTURE)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's", rich_help_panel=PICTURE)]
+Pixels = Annotated[int | None, typer.Option(help="In pixels.", show_default="the pipeline's", rich_help_panel=PICTURE)]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MACHINE)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=MACHINE)]
+Offload = Annotated[str, typer.Option(help="none, model, group or sequential: less GPU memory, slower.", rich_help_panel=MACHINE)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.", rich_help_panel=MACHINE)]
+
+
+def configured(selector_file: Path | None, preset: str | None, **given: Any) -> Any:
+    """The cache that these options ask for; BadParameter if there is no such one."""
+    import runpy
+
+    from dit_accel import TokenCacheConfig
+
+    if selector_file is not None:
+        runpy.run_path(str(selector_file))
+    with usage():
+        given = {name: value for name, value in given.items() if value is not None}
+        return TokenCacheConfig.preset(preset, **given) if preset else TokenCacheConfig(**given)
+
+
 @app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to make; several prompts make several pictures.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="Read more prompts from a file, one a line; # starts a comment.")
     ] = None,
-    pipeline: Annotated[str, typer.Option(help="A name of `dit-accel pipelines`, a hub id, or a diffusers folder.")] = "emoji-flux",
-    method: Annotated[Method, typer.Option(help="none computes everything; token-cache reuses most tokens.")] = Method.token_cache,
-    interval: Annotated[int | None, typer.Option(help="Compute everything on every N-th step.", show_default="4")] = None,
-    cache_ratio: Annotated[
-        float | None, typer.Option(help="Share of tokens taken from the cache on the other steps, 0 to 1.", show_default="0.9")
-    ] = None,
-    selector: Annotated[
-        str | None, typer.Option(help="How the tokens to compute are chosen; see `dit-accel selectors`.", show_default="random")
-    ] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Compute everything on the first steps.", show_default="1")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the pipeline's")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's")] = None,
-    seed: Annotated[int, typer.Option(help="The i-th picture of a prompt starts from the noise of seed + i.")] = 0,
-    num_images: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Pictures denoised together; changes the speed, not the noise.")] = 1,
-    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the pipeline's")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the pipeline's")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    offload: Annotated[str, typer.Option(help="none, model, group or sequential: less GPU memory, slower.")] = "none",
+    pipeline: Pipeline = "emoji-flux",
     output: Annotated[Path, typer.Option(help="Folder of the pictures; made if needed, nothing in it is overwritten.")] = Path(
         "out"
     ),
     compare: Annotated[
         bool, typer.Option("--compare", help="Also make each picture in full, and one of both side by side.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    method: Annotated[
+        Method, typer.Option(help="none computes everything; token-cache reuses most tokens.", rich_help_panel=CACHE)
+    ] = Method.token_cache,
+    preset: Preset = None,
+    interval: Interval = None,
+    cache_ratio: CacheRatio = None,
+    selector: Annotated[
+        str | None,
+        typer.Option(
+            help="How the tokens to compute are chosen; see `dit-accel selectors`.", show_default="random", rich_help_panel=CACHE
+        ),
+    ] = None,
+    selector_file: SelectorFile = None,
+    warmup_steps: WarmupSteps = None,
+    age_weight: AgeWeight = None,
+    ratio_schedule: RatioSchedule = None,
+    spatial_bonus: SpatialBonus = None,
+    text_tokens: TextTokens = None,
+    fill: Fill = None,
+    forecast_order: ForecastOrder = None,
+    cache_dtype: CacheDtype = None,
+    cache_device: CacheDevice = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[
+        int, typer.Option(help="The i-th picture of a prompt starts from the noise of seed + i.", rich_help_panel=PICTURE)
+    ] = 0,
+    num_images: Annotated[int, typer.Option(help="Pictures of each prompt.", rich_help_panel=PICTURE)] = 1,
+    batch_size: Annotated[
+        int, typer.Option(help="Pictures denoised together; changes the speed, not the noise.", rich_help_panel=PICTURE)
+    ] = 1,
+    height: Pixels = None,
+    width: Pixels = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Offload = "none",
+    debug: Debug = False,
 ) -> None:
     """Make pictures of prompts, and write each with its settings inside and in a JSON file beside it.
 
@@ -150,13 +247,30 @@ def generate(
 
       dit-accel generate --prompts-file prompts.txt --pipeline emoji-pixart --interval 3 --cache-ratio 0.7
 
+      dit-accel generate "crab" --preset taylorseer --compare
+
       dit-accel generate "a red apple" --pipeline black-forest-labs/FLUX.1-schnell --offload model --method none
     """
-    cache = dict(interval=interval, cache_ratio=cache_ratio, selector=selector, warmup_steps=warmup_steps)
-    cache = {name: value for name, value in cache.items() if value is not None}
+    cache = dict(
+        selector_file=selector_file,
+        preset=preset,
+        interval=interval,
+        cache_ratio=cache_ratio,
+        selector=selector,
+        warmup_steps=warmup_steps,
+        age_weight=age_weight,
+        ratio_schedule=ratio_schedule,
+        spatial_bonus=spatial_bonus,
+        text_tokens=text_tokens,
+        fill=fill,
+        forecast_order=forecast_order,
+        cache_dtype=cache_dtype,
+        cache_device=cache_device,
+    )
     if method is Method.none:
-        if cache or compare:
-            option = "--" + next(iter(cache), "compare").replace("_", "-")
+        given_anyway = [name for name, value in cache.items() if value is not None] + ["compare"] * compare
+        if given_anyway:
+            option = "--" + given_anyway[0].replace("_", "-")
             raise typer.BadParameter(f"{option} needs a cache: leave it out, or use --method token-cache.")
     with plain_errors(debug):
         prompts = list(prompts or [])
@@ -169,14 +283,13 @@ def generate(
             raise typer.BadParameter(
                 'Give at least one prompt, and none that is empty, as in: dit-accel generate "red apple, 3d style".'
             )
-        from dit_accel import TokenCacheConfig
         from pipelines.generation import settings_for
         from pipelines.job import Job
         from pipelines.loading import load, understand
 
         quiet()
+        config = None if method is Method.none else configured(**cache)
         with usage():
-            config = None if method is Method.none else TokenCacheConfig(**cache)
             understand(dtype, device, offload)
         pipe = load(pipeline, dtype, device, offload)
         given = dict(
@@ -187,6 +300,71 @@ def generate(
         job = Job(pipe, pipeline, prompts, config, settings, output, err())
         job.warn()
         show(job.compare() if compare else job.generate())
+
+
+@app.command()
+def inspect(
+    prompt: Annotated[str, typer.Argument(help="What to make.")],
+    pipeline: Pipeline = "emoji-flux",
+    output: Annotated[Path, typer.Option(help="Folder of the picture; made if needed, nothing in it is overwritten.")] = Path(
+        "out"
+    ),
+    selector: Annotated[
+        list[str] | None,
+        typer.Option(help="May be repeated.", show_default="all that the pipeline can use", rich_help_panel=CACHE),
+    ] = None,
+    selector_file: SelectorFile = None,
+    preset: Preset = None,
+    interval: Interval = None,
+    cache_ratio: CacheRatio = None,
+    age_weight: Annotated[
+        float,
+        typer.Option(help="How much longer-cached tokens are preferred; 0 shows the selector alone.", rich_help_panel=CACHE),
+    ] = 0.0,
+    spatial_bonus: SpatialBonus = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.", rich_help_panel=PICTURE)] = 0,
+    height: Pixels = None,
+    width: Pixels = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Offload = "none",
+    debug: Debug = False,
+) -> None:
+    """Draw how often each place of a picture was computed, selector by selector.
+
+    Uniformity is the entropy of the computed tokens over tiles of the image, 1 when every tile gets equally many each time. Row
+    and column are the correlations of how often a place was computed with its row and its column, 0 without position bias.
+
+    [bold]Example[/]
+
+      dit-accel inspect "red apple, 3d style" --selector random --selector attention
+    """
+    with plain_errors(debug):
+        from dataclasses import replace
+
+        from pipelines.generation import settings_for
+        from pipelines.inspection import inspect as draw
+        from pipelines.inspection import usable
+        from pipelines.loading import load, understand
+
+        quiet()
+        config = configured(
+            selector_file,
+            preset,
+            interval=interval,
+            cache_ratio=cache_ratio,
+            age_weight=age_weight,
+            spatial_bonus=spatial_bonus,
+        )
+        with usage():
+            configs = [replace(config, selector=name) for name in selector] if selector else None
+            understand(dtype, device, offload)
+        pipe = load(pipeline, dtype, device, offload)
+        with usage():
+            settings = settings_for(pipe, pipeline, steps=steps, guidance=guidance, seed=seed, height=height, width=width)
+        show(draw(pipe, pipeline, prompt, configs or usable(pipe, config), settings, output, err()))
 
 
 @app.command()

@@ -30,24 +30,31 @@ def psnr_text(value: float) -> str:
     return "identical" if math.isinf(value) else f"{value:.1f} dB"
 
 
-def side_by_side(prompt: str, panels: list[tuple[Image.Image, list[str]]]) -> Image.Image:
-    """One picture: the prompt on top, below it the panels (picture, lines of its label) from left to right."""
+def side_by_side(prompt: str, panels: list[tuple[Image.Image, list[str]]], columns: int | None = None) -> Image.Image:
+    """One picture: the prompt on top, below it the panels (picture, lines of its label) from left to right.
+
+    Args:
+        prompt: the heading.
+        panels: all of one size.
+        columns: panels in a row; None puts all in one.
+    """
+    columns = min(columns or len(panels), len(panels))
     font = ImageFont.load_default(FONT)
     factor = max(1, math.ceil(PANEL / min(panels[0][0].size)))
     width, height = (side * factor for side in panels[0][0].size)
     line = FONT + 6
-    lines = wrap(prompt, font, len(panels) * (width + MARGIN) - MARGIN)
-    top = MARGIN + line * len(lines)
-    below = max(len(label) for _, label in panels) * line
-    page = Image.new("RGB", (MARGIN + len(panels) * (width + MARGIN), top + MARGIN + height + below + MARGIN), "white")
+    lines = wrap(prompt, font, columns * (width + MARGIN) - MARGIN)
+    top = MARGIN + line * len(lines) + MARGIN // 2
+    row = height + max(len(label) for _, label in panels) * line + MARGIN + MARGIN // 2
+    page = Image.new("RGB", (MARGIN + columns * (width + MARGIN), top + row * math.ceil(len(panels) / columns)), "white")
     draw = ImageDraw.Draw(page)
     for i, text in enumerate(lines):
         draw.text((MARGIN, MARGIN + i * line), text, "black", font)
     for i, (image, label) in enumerate(panels):
-        left = MARGIN + i * (width + MARGIN)
-        page.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top + MARGIN // 2))
+        left, above = MARGIN + i % columns * (width + MARGIN), top + i // columns * row
+        page.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, above))
         for j, text in enumerate(label):
-            draw.text((left, top + MARGIN // 2 + height + 4 + j * line), text, "black", font)
+            draw.text((left, above + height + 4 + j * line), text, "black", font)
     return page
 
 

@@ -170,9 +170,10 @@ def stratified(tokens, noise, k, grid, stream, text, **_):
         groups = strips(0, text) + [[text + p for p in tile] for tile in square]
     score = [0.0] * n
     for group in groups:
+        start = math.fmod(31 * sum(noise[i] for i in group), 1)
         for rank, i in enumerate(sorted(group, key=lambda i: -noise[i])):
-            score[i] = noise[i] - rank
-    return [s - min(score) for s in score]
+            score[i] = 1 - (rank + start) / len(group)
+    return score
 
 
 SCORES = {

@@ -116,6 +116,9 @@ def test_unknown_words_and_cut_prompts_are_reported(make):
         (("red", "--selector", "best"), "There is no selector 'best'"),
         (("red", "--method", "none", "--selector", "random"), "--selector needs a cache"),
         (("red", "--method", "none", "--compare"), "--compare needs a cache"),
+        (("red", "--method", "none", "--preset", "fora"), "--preset needs a cache"),
+        (("red", "--preset", "best"), "There is no preset 'best'"),
+        (("red", "--fill", "guess"), "fill must be one of reuse, forecast"),
         (("red", "--steps", 0), "steps must be at least 1"),
         (("red", "--height", 63), "multiples of 8"),
         (("red", "--dtype", "float8"), "dtype is 'float8'"),
@@ -174,6 +177,29 @@ def test_demo(run, tmp_path, flux_path, pixart_path):
     record = json.loads((tmp_path / "demo/tiny-pixart/blue-tiger-seed0.json").read_text())
     assert (record["cache"]["interval"], record["cache"]["cache_ratio"]) == (4, 0.9)
     assert len(names(tmp_path / "demo/tiny-flux")) == 12, "running it again must replace the pictures"
+
+
+def test_every_setting_of_the_cache_can_be_given(make, tmp_path):
+    options = dict(
+        interval=2, cache_ratio=0.8, selector="drift", warmup_steps=2, age_weight=0.5, ratio_schedule="toca", spatial_bonus=0.3,
+        text_tokens="reuse", fill="forecast", forecast_order=2, cache_dtype="bfloat16", cache_device="cpu",
+    )  # fmt: skip
+    result = make("red", *(word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)))
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "out/red-seed0.json").read_text())["cache"].items() >= options.items()
+
+
+def test_presets_and_selectors_from_a_file(make, tmp_path):
+    assert make("red", "--preset", "taylorseer", "--interval", 2).exit_code == 0
+    cache = json.loads((tmp_path / "out/red-seed0.json").read_text())["cache"]
+    assert (cache["fill"], cache["forecast_order"], cache["interval"]) == ("forecast", 2, 2)
+    file, name = tmp_path / "mine.py", "from a file"
+    file.write_text(
+        f"import dit_accel\n@dit_accel.register_selector({name!r})\ndef mine(context):\n    return context.tokens.norm(dim=-1)\n"
+    )
+    result = make("red", "--selector-file", file, "--selector", name)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "out/red-seed0-2.json").read_text())["cache"]["selector"] == name
 
 
 def test_lists(run):
