@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from pipelines.options import (
-    CACHE,
-    PICTURE,
-    AgeWeight,
-    CacheDevice,
-    CacheDtype,
-    CacheRatio,
-    Debug,
-    Device,
-    Dtype,
-    Fill,
-    ForecastOrder,
-    Guidance,
-    Interval,
-    Offload,
-    Pipeline,
-    Pixels,
-    Preset,
-    RatioSchedule,
-    SelectorFile,
-    SpatialBonus,
-    Steps,
-    TextTokens,
-    WarmupSteps,
-)
+from pipelines import options
+from pipelines.terminal import err, plain_errors, quiet, show, usage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,70 +23,6 @@ app = typer.Typer(
 class Method(str, Enum):
     none = "none"
     token_cache = "token-cache"
-
-
-def show(table: Any) -> None:
-    """On a terminal as wide as it is; in a file or a pipe as wide as needed."""
-    console = Console()
-    (console if console.is_terminal else Console(width=240)).print(table)
-
-
-def err() -> Console:
-    return Console(stderr=True, soft_wrap=not sys.stderr.isatty())
-
-
-@contextmanager
-def plain_errors(debug: bool = False) -> Iterator[None]:
-    """Errors as one sentence and an exit code: 1 for what went wrong, 2 for wrong usage, 130 for Ctrl-C."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort, typer.BadParameter):
-        raise
-    except KeyboardInterrupt:
-        err().print("Interrupted. The pictures finished before are kept.")
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if debug:
-            raise
-        from rich.markup import escape
-
-        err().print(f"[red]Error:[/] {escape(sentence(error))}", highlight=False)
-        raise typer.Exit(1) from None
-
-
-def sentence(error: Exception) -> str:
-    from pipelines.loading import LoadError
-
-    if type(error).__name__ == "OutOfMemoryError":
-        return "The device has too little memory for this: try --offload model, a smaller --height and --width, or --batch-size 1."
-    if isinstance(error, (LoadError, ValueError)):
-        return str(error)
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}."
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first} (--debug shows where)"
-
-
-@contextmanager
-def usage() -> Iterator[None]:
-    """A ValueError in here is the fault of an option."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def quiet() -> None:
-    """Keep the libraries from talking: what matters is reported in the command's own words."""
-    import warnings
-
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="diffusers|transformers")
 
 
 def show_version(value: bool) -> None:
@@ -131,26 +40,13 @@ def root(
     pass
 
 
-def configured(selector_file: Path | None, preset: str | None, **given: Any) -> Any:
-    """The cache that these options ask for; BadParameter if there is no such one."""
-    import runpy
-
-    from dit_accel import TokenCacheConfig
-
-    if selector_file is not None:
-        runpy.run_path(str(selector_file))
-    with usage():
-        given = {name: value for name, value in given.items() if value is not None}
-        return TokenCacheConfig.preset(preset, **given) if preset else TokenCacheConfig(**given)
-
-
 @app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to make; several prompts make several pictures.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="Read more prompts from a file, one a line; # starts a comment.")
     ] = None,
-    pipeline: Pipeline = "emoji-flux",
+    pipeline: options.Pipeline = "emoji-flux",
     output: Annotated[Path, typer.Option(help="Folder of the pictures; made if needed, nothing in it is overwritten.")] = Path(
         "out"
     ),
@@ -158,42 +54,44 @@ def generate(
         bool, typer.Option("--compare", help="Also make each picture in full, and one of both side by side.")
     ] = False,
     method: Annotated[
-        Method, typer.Option(help="none computes everything; token-cache reuses most tokens.", rich_help_panel=CACHE)
+        Method, typer.Option(help="none computes everything; token-cache reuses most tokens.", rich_help_panel=options.CACHE)
     ] = Method.token_cache,
-    preset: Preset = None,
-    interval: Interval = None,
-    cache_ratio: CacheRatio = None,
+    preset: options.Preset = None,
+    interval: options.Interval = None,
+    cache_ratio: options.CacheRatio = None,
     selector: Annotated[
         str | None,
         typer.Option(
-            help="How the tokens to compute are chosen; see `dit-accel selectors`.", show_default="random", rich_help_panel=CACHE
+            help="How the tokens to compute are chosen; see `dit-accel selectors`.",
+            show_default="random",
+            rich_help_panel=options.CACHE,
         ),
     ] = None,
-    selector_file: SelectorFile = None,
-    warmup_steps: WarmupSteps = None,
-    age_weight: AgeWeight = None,
-    ratio_schedule: RatioSchedule = None,
-    spatial_bonus: SpatialBonus = None,
-    text_tokens: TextTokens = None,
-    fill: Fill = None,
-    forecast_order: ForecastOrder = None,
-    cache_dtype: CacheDtype = None,
-    cache_device: CacheDevice = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    selector_file: options.SelectorFile = None,
+    warmup_steps: options.WarmupSteps = None,
+    age_weight: options.AgeWeight = None,
+    ratio_schedule: options.RatioSchedule = None,
+    spatial_bonus: options.SpatialBonus = None,
+    text_tokens: options.TextTokens = None,
+    fill: options.Fill = None,
+    forecast_order: options.ForecastOrder = None,
+    cache_dtype: options.CacheDtype = None,
+    cache_device: options.CacheDevice = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
     seed: Annotated[
-        int, typer.Option(help="The i-th picture of a prompt starts from the noise of seed + i.", rich_help_panel=PICTURE)
+        int, typer.Option(help="The i-th picture of a prompt starts from the noise of seed + i.", rich_help_panel=options.PICTURE)
     ] = 0,
-    num_images: Annotated[int, typer.Option(help="Pictures of each prompt.", rich_help_panel=PICTURE)] = 1,
+    num_images: Annotated[int, typer.Option(help="Pictures of each prompt.", rich_help_panel=options.PICTURE)] = 1,
     batch_size: Annotated[
-        int, typer.Option(help="Pictures denoised together; changes the speed, not the noise.", rich_help_panel=PICTURE)
+        int, typer.Option(help="Pictures denoised together; changes the speed, not the noise.", rich_help_panel=options.PICTURE)
     ] = 1,
-    height: Pixels = None,
-    width: Pixels = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    offload: Offload = "none",
-    debug: Debug = False,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offload: options.Offload = "none",
+    debug: options.Debug = False,
 ) -> None:
     """Make pictures of prompts, and write each with its settings inside and in a JSON file beside it.
 
@@ -246,7 +144,7 @@ def generate(
         from pipelines.loading import load, understand
 
         quiet()
-        config = None if method is Method.none else configured(**cache)
+        config = None if method is Method.none else options.configured(**cache)
         with usage():
             understand(dtype, device, offload)
         pipe = load(pipeline, dtype, device, offload)
@@ -263,32 +161,34 @@ def generate(
 @app.command()
 def inspect(
     prompt: Annotated[str, typer.Argument(help="What to make.")],
-    pipeline: Pipeline = "emoji-flux",
+    pipeline: options.Pipeline = "emoji-flux",
     output: Annotated[Path, typer.Option(help="Folder of the picture; made if needed, nothing in it is overwritten.")] = Path(
         "out"
     ),
     selector: Annotated[
         list[str] | None,
-        typer.Option(help="May be repeated.", show_default="all that the pipeline can use", rich_help_panel=CACHE),
+        typer.Option(help="May be repeated.", show_default="all that the pipeline can use", rich_help_panel=options.CACHE),
     ] = None,
-    selector_file: SelectorFile = None,
-    preset: Preset = None,
-    interval: Interval = None,
-    cache_ratio: CacheRatio = None,
+    selector_file: options.SelectorFile = None,
+    preset: options.Preset = None,
+    interval: options.Interval = None,
+    cache_ratio: options.CacheRatio = None,
     age_weight: Annotated[
         float,
-        typer.Option(help="How much longer-cached tokens are preferred; 0 shows the selector alone.", rich_help_panel=CACHE),
+        typer.Option(
+            help="How much longer-cached tokens are preferred; 0 shows the selector alone.", rich_help_panel=options.CACHE
+        ),
     ] = 0.0,
-    spatial_bonus: SpatialBonus = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.", rich_help_panel=PICTURE)] = 0,
-    height: Pixels = None,
-    width: Pixels = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    offload: Offload = "none",
-    debug: Debug = False,
+    spatial_bonus: options.SpatialBonus = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.", rich_help_panel=options.PICTURE)] = 0,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offload: options.Offload = "none",
+    debug: options.Debug = False,
 ) -> None:
     """Draw how often each place of a picture was computed, selector by selector.
 
@@ -308,7 +208,7 @@ def inspect(
         from pipelines.loading import load, understand
 
         quiet()
-        config = configured(
+        config = options.configured(
             selector_file,
             preset,
             interval=interval,

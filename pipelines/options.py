@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from pipelines.terminal import usage
 
 # Those of the cache are None unless given, so that giving one without a cache is an error.
 CACHE, PICTURE, MACHINE = "Cache", "Picture", "Machine"
@@ -73,3 +75,16 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=MACHINE)]
 Offload = Annotated[str, typer.Option(help="none, model, group or sequential: less GPU memory, slower.", rich_help_panel=MACHINE)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.", rich_help_panel=MACHINE)]
+
+
+def configured(selector_file: Path | None, preset: str | None, **given: Any) -> Any:
+    """The cache that these options ask for; BadParameter if there is no such one."""
+    import runpy
+
+    from dit_accel import TokenCacheConfig
+
+    if selector_file is not None:
+        runpy.run_path(str(selector_file))
+    with usage():
+        given = {name: value for name, value in given.items() if value is not None}
+        return TokenCacheConfig.preset(preset, **given) if preset else TokenCacheConfig(**given)
