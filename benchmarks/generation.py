@@ -8,24 +8,20 @@ the table gives its median and quartiles.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import typer
+from recording import save
 from rich.progress import track
 from rich.table import Table
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from pipelines.cli import quiet, show
 from pipelines.generation import denoise, settings_for, switch, warm_up
 from pipelines.loading import load
+from pipelines.terminal import quiet, show
 
 SETTINGS = [
     TokenCacheConfig(interval=interval, cache_ratio=ratio, selector=selector)
@@ -76,20 +72,7 @@ def main(
             medians = [f"{statistics.median(times):.2f}" for times in seconds.values()]
             setting = [f"{config.interval}", f"{config.cache_ratio:g}", config.selector]
             table.add_row(name, f"{settings.steps}", *setting, *medians, f"{median:.2f}x", f"{low:.2f}-{high:.2f}")
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": threads}
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
-    packages = {package: version(package) for package in ("dit-accel", "torch", "diffusers", "transformers")}
-    record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine,
-        "versions": packages,
-        "rows": rows,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1))
-    os.replace(part, output)
+    save(output, rows)
     show(table)
     typer.echo(f"Measurements: {output}")
 

@@ -1,0 +1,36 @@
+"""Measurements as JSON, with the machine and the versions they were taken on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.pictures import write_atomically
+
+
+def processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def save(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of measurements whole or not at all."""
+    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine,
+        "versions": {package: version(package) for package in ("dit-accel", "torch", "diffusers", "transformers")},
+        "rows": rows,
+    }
+    write_atomically(path, json.dumps(record, indent=1).encode())
