@@ -135,8 +135,14 @@ class Site:
             where=self,
             **{name: seen[:, start:] for name, seen in memory.observed.items()},
         )
+        scores = self.selector.score(context)
+        if scores.ndim != 2 or len(scores) not in (1, len(tokens)) or scores.shape[1] != context.tokens.shape[1]:
+            raise ValueError(
+                f"The selector {config.selector!r} returned scores of shape {list(scores.shape)}; "
+                f"it must return [1 or {len(tokens)}, {context.tokens.shape[1]}], one for each of context.tokens."
+            )
         scores = selection.total_scores(
-            self.selector.score(context),
+            scores,
             context.ages,
             config.age_weight,
             config.interval,

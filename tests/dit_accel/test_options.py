@@ -1,0 +1,223 @@
+"""What can be configured, asked for and combined, each on its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+import dit_accel
+from dit_accel import TokenCacheConfig, importance, selection
+from dit_accel.families.flux import FluxTokenCacheAttnProcessor
+from dit_accel.families.pixart import PixArtTokenCacheAttnProcessor
+from dit_accel.schedule import Mode
+from tests.dit_accel import reference
+
+CONFIG = TokenCacheConfig(interval=3, cache_ratio=0.7, selector="attention", age_weight=0.05)
+EXTRA = {"flux": {}, "pixart": {"use_resolution_binning": False, "clean_caption": False}}
+
+
+@pytest.fixture(params=["flux", "pixart"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def build(family, tiny_flux, tiny_pixart):
+    return tiny_flux if family == "flux" else tiny_pixart
+
+
+@pytest.fixture
+def run(family):
+    def picture(pipe, prompts="a red apple", seeds=(0,), **call):
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        size = dict(height=64, width=48, num_inference_steps=7, max_sequence_length=8, output_type="latent")
+        return pipe(prompts, generator=generator, **{**size, **EXTRA[family], **call}).images
+
+    return picture
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_a_ratio_schedule_of_ones_own_says_how_many_tokens(family, build, run):
+    places = []
+
+    def mine(place):
+        places.append(place)
+        return 0.5 + place.layer + place.progress
+
+    pipe = dit_accel.apply(build(), replace(CONFIG, ratio_schedule=mine))
+    run(pipe)
+    report, sites = dit_accel.report(pipe), [s for s in pipe.transformer._dit_accel.run.sites if s.stream != "attention"]
+    assert {place.steps for place in places} == {7} and {place.step for place in places} == {1, 2, 4, 5}
+    tokens = {"image": 48, "text": 8, "joint": 56, "cross-attention": 48, "feed-forward": 48}
+    assert {place.stream for place in places} == (
+        {"image", "text", "joint"} if family == "flux" else {"cross-attention", "feed-forward"}
+    )
+    for place in places:
+        assert place.layers == sum(site.stream == place.stream for site in sites) > place.layer
+    for call in report.calls:
+        if call.mode is Mode.PARTIAL:
+            share = [min(1, 0.3 * (0.5 + site.layer + call.step / 7)) for site in sites]
+            assert call.counts == tuple(int(s * tokens[site.stream] + 1e-6) for s, site in zip(share, sites, strict=True))
+
+
+@pytest.mark.parametrize("fill", ["reuse", "forecast"])
+@pytest.mark.parametrize("dtype, size, error", [("float32", 4, 0), ("bfloat16", 2, 0.02), ("float8_e4m3fn", 1, 0.2)])
+def test_a_narrower_cache_takes_less_and_changes_little(build, run, fill, dtype, size, error):
+    own = replace(CONFIG, fill=fill, selector="random")
+    pipe = dit_accel.apply(build(), own)
+    expected, most = run(pipe), dit_accel.report(pipe).cache_bytes
+    dit_accel.apply(pipe, replace(own, cache_dtype=dtype))
+    picture, bytes_now = run(pipe), dit_accel.report(pipe).cache_bytes
+    assert relative(picture, expected) <= error and (error == 0) == torch.equal(picture, expected)
+    assert bytes_now == pytest.approx(most * size / 4, rel=0.1)  # ages stay as they are
+
+
+@pytest.mark.parametrize("fill", ["reuse", "forecast"])
+def test_a_cache_on_another_device_changes_nothing(build, run, fill):
+    pipe = dit_accel.apply(build(), replace(CONFIG, fill=fill))
+    expected = run(pipe)
+    assert torch.equal(run(dit_accel.apply(pipe, replace(CONFIG, fill=fill, cache_device="cpu"))), expected)
+    assert sum(dit_accel.report(pipe).flops) > 0
+
+
+@pytest.mark.parametrize("name", [n for n in reference.SCORES if n != "cross-entropy"])
+def test_every_selector_is_deterministic_and_independent_of_the_batch(build, run, name):
+    pipe = dit_accel.apply(build(), replace(CONFIG, selector=name, age_weight=0.02), record=True)
+    prompts, seeds = ["red apple", "a tiger", "blue"], (0, 1, 2)
+    together, chosen = run(pipe, prompts, seeds), dit_accel.report(pipe).selections
+    assert torch.equal(run(pipe, prompts, seeds), together)
+    alone = run(pipe, prompts[1], (seeds[1],))
+    assert relative(alone[0], together[1]) < 1e-4
+    for both, single in zip(chosen, dit_accel.report(pipe).selections, strict=True):
+        rows = both.tokens[1 if len(both.tokens) > 1 else 0]
+        assert sorted(rows.tolist()) == sorted(single.tokens[0].tolist())
+
+
+def test_recorded_selections_are_what_was_computed(build, run):
+    pipe = build()
+    run(dit_accel.apply(pipe, CONFIG))
+    assert dit_accel.report(pipe).selections == ()
+    run(dit_accel.apply(pipe, CONFIG, record=True))
+    report = dit_accel.report(pipe)
+    for number, call in enumerate(report.calls):
+        made = [s for s in report.selections if s.call == number]
+        assert [s.tokens.shape[1] for s in made] == [count for count in call.counts if count]
+        assert all(len(set(row)) == len(row) for s in made for row in s.tokens.tolist())
+    frame = report.to_pandas()
+    assert frame["tokens_computed"].sum() == sum(s.tokens.shape[1] for s in report.selections)
+    assert list(frame["flops"]) == list(report.flops) and len(frame) == 7
+
+
+@pytest.mark.parametrize("share, queries", [(1.0, 1032), (1 / 2, 516), (1 / 16, 258)])
+@torch.no_grad()
+def test_attention_received_from_a_sample_of_the_queries(tiny_flux, share, queries):
+    """Of a whole single block, against the map of the very queries that are asked: every n-th of the sequence."""
+    model, seen = tiny_flux(layers=0, single_layers=1).transformer, {}
+    block = model.single_transformer_blocks[0]
+    dit_accel.apply(model, TokenCacheConfig(interval=2, selector="attention", query_share=share))
+    block.attn.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    g = torch.Generator().manual_seed(0)
+    ids = torch.zeros(1024, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(1024) // 32, torch.arange(1024) % 32
+    x, text, pooled = (torch.randn(1, *s, generator=g) for s in ((1024, 32), (8, 32), (32,)))
+    model(x, text, pooled, torch.tensor([1.0]), ids, torch.zeros(8, 3), return_dict=False)
+    found = next(s for s in model._dit_accel.run.sites if s.stream == "joint").memory.observed["attention"]
+    heads = lambda layer: layer(seen["hidden_states"]).unflatten(-1, (block.attn.heads, -1))
+    query, key = block.attn.norm_q(heads(block.attn.to_q)), block.attn.norm_k(heads(block.attn.to_k))
+    query, key = (apply_rotary_emb(part, seen["image_rotary_emb"], sequence_dim=1) for part in (query, key))
+    stride = 1032 // queries
+    asked = query[:, ::stride]
+    assert asked.shape[1] == queries
+    torch.testing.assert_close(found, reference.softmax_map(asked, key).mean(dim=(1, 2)), rtol=1e-4, atol=1e-7)
+    exact = reference.softmax_map(query, key).mean(dim=(1, 2))
+    assert torch.corrcoef(torch.cat([found, exact]))[0, 1] > 0.9
+
+
+def test_query_stride():
+    assert [importance.query_stride(4608, share) for share in (1, 1 / 4, 1 / 16, 1 / 64)] == [1, 4, 16, 18]
+    assert importance.query_stride(300, 1 / 16) == 1
+
+
+def test_processors_alone_reuse_attention_and_compute_the_rest(family, build, run):
+    """As if every token of the feed-forward (and of FLUX's single blocks) were selected."""
+    everything = lambda place: 1.0 if place.stream == "cross-attention" else 1e6
+    expected = run(dit_accel.apply(build(), replace(CONFIG, selector="random", ratio_schedule=everything)))
+    pipe = build()
+    plain = run(pipe)
+    pipe.transformer.set_attn_processor(dit_accel.attn_processors(pipe.transformer, replace(CONFIG, selector="random")))
+    if family == "flux":
+        assert relative(run(pipe), expected) < 1e-5
+    else:  # the number of selecting layers differs, and with it their random numbers
+        assert 0 < relative(run(pipe), plain) < 1
+    assert [call.mode for call in dit_accel.report(pipe).calls].count(Mode.PARTIAL) == 4
+    dit_accel.remove(pipe)
+    assert torch.equal(run(pipe), plain)
+
+
+def test_processors_made_without_arguments_change_nothing(family, build, run):
+    pipe = build()
+    plain = run(pipe)
+    kind = FluxTokenCacheAttnProcessor if family == "flux" else PixArtTokenCacheAttnProcessor
+    pipe.transformer.set_attn_processor(kind())
+    assert torch.equal(run(pipe), plain)
+
+
+def test_a_block_whose_processor_was_replaced_is_computed_in_full(tiny_flux):
+    """As perturbed-attention guidance does with some layers."""
+    pipe = tiny_flux()
+    model = dit_accel.apply(pipe, CONFIG).transformer
+    model.transformer_blocks[0].attn.set_processor(FluxAttnProcessor())
+    size = dict(height=64, width=48, num_inference_steps=4, max_sequence_length=8, output_type="latent")
+    modes = []
+    model.proj_out.register_forward_hook(lambda *_: modes.append({(s.layer, s.stream): s.mode for s in model._dit_accel.run.sites}))
+    pipe("a", **size)
+    assert modes[1][0, "image"] is modes[1][0, "text"] is Mode.PLAIN
+    assert modes[1][1, "image"] is modes[1][0, "joint"] is Mode.PARTIAL
+    dit_accel.remove(pipe)
+    assert all(type(processor) is FluxAttnProcessor for processor in model.attn_processors.values())
+
+
+def test_a_cache_of_diffusers_enabled_afterwards_is_noticed(tiny_flux):
+    pipe = dit_accel.apply(tiny_flux(), CONFIG)
+    with pytest.raises(ValueError, match="dit_accel.* not registered"):  # diffusers' own words
+        pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    broadcast = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
+    pipe.transformer.enable_cache(broadcast)
+    with pytest.raises(RuntimeError, match="disable_cache"):
+        pipe("a", height=64, width=48, num_inference_steps=2, max_sequence_length=8, output_type="latent")
+
+
+@torch.no_grad()
+def test_a_transformer_alone_does_not_know_the_number_of_steps(tiny_flux):
+    g = torch.Generator().manual_seed(0)
+    x, text, pooled = (torch.randn(1, *s, generator=g) for s in ((16, 32), (8, 32), (32,)))
+    call = lambda m: m(x, text, pooled, torch.tensor([1.0]), torch.zeros(16, 3), torch.zeros(8, 3), return_dict=False)[0]
+    config = replace(CONFIG, interval_spread=0.2)
+    with pytest.raises(RuntimeError, match="Give dit_accel.apply the pipeline, or set steps"):
+        call(dit_accel.apply(tiny_flux().transformer, config))
+    call(dit_accel.apply(tiny_flux().transformer, replace(config, steps=10)))
+
+
+def test_scores_of_a_wrong_shape_are_explained(build, run):
+    @dit_accel.register_selector("wrong")
+    def wrong(context):
+        return context.noise[0]
+
+    try:
+        with pytest.raises(ValueError, match=r"selector 'wrong' returned scores of shape \[\d+\]; it must return \[1 or \d, \d+\]"):
+            run(dit_accel.apply(build(), replace(CONFIG, selector="wrong")))
+    finally:
+        selection._SELECTORS.pop("wrong")
+
+
+def test_a_selector_that_this_family_cannot_serve_is_refused(tiny_flux):
+    with pytest.raises(ValueError, match="'cross-entropy' needs entropy, which FluxTransformer2DModel does not have"):
+        dit_accel.apply(tiny_flux(), replace(CONFIG, selector="cross-entropy"))
