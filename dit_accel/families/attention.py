@@ -52,6 +52,47 @@ class TokenCacheAttnProcessor:
         self.inner._parallel_config = config
 
 
+class Listening:
+    """An attention module as its processor sees it, which keeps what the projections return: observing costs none of its own."""
+
+    SEPARATE = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))  # of the image, of the text
+    FUSED = ("to_qkv", "to_added_qkv", "to_kv")
+
+    def __init__(self, attn: Any) -> None:
+        self.attn, self.heard = attn, {}  # type: ignore[var-annotated]
+
+    def __getattr__(self, name: str) -> Any:
+        part = getattr(self.attn, name)
+        if name not in self.FUSED and not any(name in names for names in self.SEPARATE):
+            return part
+
+        def project(*args: Any, **kwargs: Any) -> Any:
+            self.heard[name] = part(*args, **kwargs)
+            return self.heard[name]
+
+        return project
+
+    def projection(self, which: int, text: bool = False) -> torch.Tensor:
+        """Query (0), key (1) or value (2) of all tokens of the image or of the text, [B, N, H, D], before norms.
+
+        Raises:
+            RuntimeError: if the processor never asked for it.
+        """
+        if (name := self.SEPARATE[text][which]) in self.heard:
+            projected = self.heard[name]
+        elif (name := self.FUSED[text]) in self.heard:
+            projected = self.heard[name].chunk(3, dim=-1)[which]
+        elif "to_kv" in self.heard and which > 0:
+            projected = self.heard["to_kv"].chunk(2, dim=-1)[which - 1]
+        else:
+            raise RuntimeError(
+                f"{type(self.attn.processor.inner).__name__} does not use diffusers' projections, so there is nothing to "
+                "observe for this selector; choose another one, such as random."
+            )
+        heads: torch.Tensor = projected.unflatten(-1, (self.attn.heads, -1))
+        return heads
+
+
 def key_and_value_observations(project: Callable[[int], torch.Tensor], needs: frozenset[str]) -> dict[str, torch.Tensor]:
     """What is asked of keys and values alone; project(1) gives the keys and project(2) the values, [B, N, H, D]."""
     seen = {}

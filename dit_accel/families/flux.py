@@ -10,7 +10,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 
 from dit_accel.families import blocks
-from dit_accel.families.attention import TokenCacheAttnProcessor, key_and_value_observations
+from dit_accel.families.attention import Listening, TokenCacheAttnProcessor, key_and_value_observations
 from dit_accel.importance import attention_received, query_stride
 from dit_accel.schedule import Mode
 from dit_accel.site import Site, Take
@@ -43,65 +43,50 @@ class FluxTokenCacheAttnProcessor(TokenCacheAttnProcessor):
         extra = {"ip_hidden_states": ip_hidden_states, "ip_adapter_masks": ip_adapter_masks}
         extra = {name: value for name, value in extra.items() if value is not None and name in self.accepted}
 
+        needs = self.observing
+        source = Listening(attn) if needs else attn
+
         def compute(tokens: torch.Tensor, take: Take) -> Any:
-            return self.inner(attn, tokens, encoder_hidden_states, attention_mask, image_rotary_emb, **extra)
+            return self.inner(source, tokens, encoder_hidden_states, attention_mask, image_rotary_emb, **extra)
 
         if self.site is None:
             return compute(hidden_states, lambda tokens: tokens)
         output = self.site(hidden_states, compute)
-        if needs := self.observing:
-            seen = self._observe(attn, hidden_states, encoder_hidden_states, image_rotary_emb, needs)
+        if needs:
             start = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+            seen = self._observe(source, start, image_rotary_emb, needs)
             for site in self.scored:
                 part = slice(0, start) if site.stream == "text" else slice(start, None)
                 site.memory.observed = {name: value[:, part] for name, value in seen.items()}
         return output
 
     def _observe(
-        self,
-        attn: Any,
-        hidden: torch.Tensor,
-        text: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        needs: frozenset[str],
+        self, attn: Listening, text: int, rotary: tuple[torch.Tensor, torch.Tensor] | None, needs: frozenset[str]
     ) -> dict[str, torch.Tensor]:
-        """What the selector needs, of the joint sequence, text first."""
+        """What the selector needs, of the joint sequence, which in a double block starts with `text` tokens."""
 
         def heads(which: int, stride: int = 1, norm: bool = False) -> torch.Tensor:
-            image = _project(attn, hidden[:, ::stride], which, text=False)
+            image = attn.projection(which)[:, ::stride]
             if norm:
                 image = (attn.norm_q, attn.norm_k)[which](image)
-            if text is None:
+            if not text:
                 return image
-            words = _project(attn, text[:, ::stride], which, text=True)
+            words = attn.projection(which, text=True)[:, ::stride]
             if norm:
                 words = (attn.norm_added_q, attn.norm_added_k)[which](words)
             return torch.cat([words, image], dim=1)
 
         seen = key_and_value_observations(heads, needs)
         if "attention" in needs:
-            before = 0 if text is None else text.shape[1]
-            stride = query_stride(before + hidden.shape[1], self.scored[0].config.query_share)
+            tokens = text + attn.projection(1).shape[1]
+            stride = query_stride(tokens, self.scored[0].config.query_share)
             query, key = heads(0, stride, norm=True), heads(1, norm=True)
             if rotary is not None:
-                image_places = torch.arange(before, before + hidden.shape[1], stride, device=hidden.device)
-                places = torch.cat([torch.arange(0, before, stride, device=hidden.device), image_places])
+                places = torch.cat([torch.arange(start, end, stride) for start, end in ((0, text), (text, tokens))]).to(key.device)
                 query = apply_rotary_emb(query, (rotary[0][places], rotary[1][places]), sequence_dim=1)
                 key = apply_rotary_emb(key, rotary, sequence_dim=1)
             seen["attention"] = attention_received(query, key)
         return seen
-
-
-def _project(attn: Any, tokens: torch.Tensor, which: int, text: bool) -> torch.Tensor:
-    """Query (0), key (1) or value (2) of tokens [B, N, C], [B, N, H, D], whether the projections are fused or not."""
-    if attn.fused_projections:
-        projected = (attn.to_added_qkv if text else attn.to_qkv)(tokens).chunk(3, dim=-1)[which]
-    elif text:
-        projected = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)[which](tokens)
-    else:
-        projected = (attn.to_q, attn.to_k, attn.to_v)[which](tokens)
-    heads: torch.Tensor = projected.unflatten(-1, (-1, attn.head_dim))
-    return heads
 
 
 class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from dit_accel import selection
 from dit_accel.families import blocks
-from dit_accel.families.attention import TokenCacheAttnProcessor, key_and_value_observations
+from dit_accel.families.attention import Listening, TokenCacheAttnProcessor, key_and_value_observations
 from dit_accel.importance import attention_entropy, attention_received, query_stride
 from dit_accel.schedule import Mode
 from dit_accel.site import Site, Take
@@ -39,51 +39,35 @@ class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> Any:
+        crossing = self.site is not None and self.site.stream == "cross-attention"
+        needs = self.observing & (frozenset({"entropy"}) if crossing else OBSERVATIONS - {"entropy"})
+        source = Listening(attn) if needs else attn
+
         def compute(tokens: torch.Tensor, take: Take) -> Any:
-            return self.inner(attn, tokens, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+            return self.inner(source, tokens, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
 
         if self.site is None:
             return compute(hidden_states, lambda tokens: tokens)
         output = self.site(hidden_states, compute)
-        crossing = self.site.stream == "cross-attention"
-        if needs := self.observing & (frozenset({"entropy"}) if crossing else OBSERVATIONS - {"entropy"}):
-            seen = self._observe(attn, hidden_states, encoder_hidden_states, attention_mask, needs)
+        if needs:
+            seen = self._observe(source, attention_mask, needs)
             for site in self.scored:
                 site.memory.observed = {**site.memory.observed, **seen}
         return output
 
-    def _observe(
-        self,
-        attn: Any,
-        hidden: torch.Tensor,
-        text: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        needs: frozenset[str],
-    ) -> dict[str, torch.Tensor]:
+    def _observe(self, attn: Listening, mask: torch.Tensor | None, needs: frozenset[str]) -> dict[str, torch.Tensor]:
         def heads(which: int, stride: int = 1, norm: bool = False) -> torch.Tensor:
-            projected = _project(attn, hidden[:, ::stride] if which == 0 or text is None else text, which, text is not None)
+            projected = attn.projection(which)[:, ::stride]
             layer = (attn.norm_q, attn.norm_k)[which] if norm else None
             return layer(projected) if layer is not None else projected
 
         seen = key_and_value_observations(heads, needs)
         if "attention" in needs:
-            stride = query_stride(hidden.shape[1], self.scored[0].config.query_share)
+            stride = query_stride(attn.projection(0).shape[1], self.scored[0].config.query_share)
             seen["attention"] = attention_received(heads(0, stride, norm=True), heads(1, norm=True))
         if "entropy" in needs:
             seen["entropy"] = attention_entropy(heads(0, norm=True), heads(1, norm=True), mask)
         return seen
-
-
-def _project(attn: Any, tokens: torch.Tensor, which: int, cross: bool) -> torch.Tensor:
-    """Query (0), key (1) or value (2) of tokens [B, N, C], [B, N, H, D], whether the projections are fused or not."""
-    if not attn.fused_projections or (cross and which == 0):
-        projected = (attn.to_q, attn.to_k, attn.to_v)[which](tokens)
-    elif cross:
-        projected = attn.to_kv(tokens).chunk(2, dim=-1)[which - 1]
-    else:
-        projected = attn.to_qkv(tokens).chunk(3, dim=-1)[which]
-    heads: torch.Tensor = projected.unflatten(-1, (attn.heads, -1))
-    return heads
 
 
 class BasicTransformerBlock(diffusers_attention.BasicTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it

@@ -66,6 +66,23 @@ def test_reported_flops_are_those_executed(tiny_flux, tiny_pixart, family, setti
     assert report.to_dict()["flops"] == cached
 
 
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_observing_costs_no_projection_of_its_own(tiny_flux, tiny_pixart, family):
+    """Norms of keys are free on a full step; attention received costs queries x keys x width once more, in every layer."""
+    pipe, call = (tiny_pixart(), PIXART) if family == "pixart" else (tiny_flux(), {})
+    model, layers = pipe.transformer, len(pipe.transformer.transformer_blocks)
+    if family == "flux":
+        pairs = (layers + len(model.single_transformer_blocks)) * 56**2 * 2  # two pictures of 48 tokens and 8 of text
+    else:
+        pairs = layers * 48**2 * 4  # and guidance in the same batch
+    cost = {}
+    for selector in ("random", "k-norm", "v-norm", "attention"):
+        executed(dit_accel.apply(pipe, TokenCacheConfig(interval=3, selector=selector)), **call)
+        cost[selector] = dit_accel.report(pipe).flops[0]
+    assert cost["k-norm"] == cost["v-norm"] == cost["random"]
+    assert cost["attention"] - cost["random"] == 2 * pairs * model.inner_dim
+
+
 @pytest.fixture(scope="module")
 def flux_dev():
     """FLUX.1-dev's transformer without weights."""

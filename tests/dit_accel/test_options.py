@@ -218,6 +218,21 @@ def test_scores_of_a_wrong_shape_are_explained(build, run):
         selection._SELECTORS.pop("wrong")
 
 
+def test_a_processor_that_cannot_be_observed_is_explained(build, run):
+    pipe = build()
+    block = pipe.transformer.transformer_blocks[0]
+    attn = getattr(block, "attn", None) or block.attn1
+
+    class Foreign(type(attn.processor)):
+        def __call__(self, attn, *args, **kwargs):
+            return super().__call__(getattr(attn, "attn", attn), *args, **kwargs)  # its own way to the projections
+
+    attn.set_processor(Foreign())
+    run(dit_accel.apply(pipe, replace(CONFIG, selector="random")))
+    with pytest.raises(RuntimeError, match="Foreign does not use diffusers' projections.*choose another one"):
+        run(dit_accel.apply(pipe, CONFIG))
+
+
 def test_a_selector_that_this_family_cannot_serve_is_refused(tiny_flux):
     with pytest.raises(ValueError, match="'cross-entropy' needs entropy, which FluxTransformer2DModel does not have"):
         dit_accel.apply(tiny_flux(), replace(CONFIG, selector="cross-entropy"))
