@@ -22,13 +22,14 @@ class Memory:
         self.past: tuple[Any, ...] = ()  # on a full step: the terms before it that the new ones are made from
         self.ages: torch.Tensor | None = None  # [1 or B, N]
         self.observed: dict[str, torch.Tensor] = {}  # what the selector needs, by the names of selection.OBSERVATIONS
+        self.text: dict[str, torch.Tensor] = {}  # projections of the text in a cross-attention, by the names of their layers
 
     def begin_full(self, order: int) -> None:
         """Forget all that a full step does not need. It is then the same computation every time, one compiled graph."""
-        self.terms, self.past, self.observed = (), self.terms[:order], {}
+        self.terms, self.past, self.observed, self.text = (), self.terms[:order], {}, {}
 
     def bytes(self) -> int:
-        return fill.size_in_bytes((self.terms, self.past, self.ages, tuple(self.observed.values())))
+        return fill.size_in_bytes((self.terms, self.past, self.ages, *self.observed.values(), *self.text.values()))
 
 
 class Site:

@@ -53,13 +53,18 @@ class TokenCacheAttnProcessor:
 
 
 class Listening:
-    """An attention module as its processor sees it, which keeps what the projections return: observing costs none of its own."""
+    """An attention module as its processor sees it, which keeps what the projections return: observing costs none of its own.
+
+    Args:
+        attn: the module.
+        known: projections by name that are not to be computed again.
+    """
 
     SEPARATE = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))  # of the image, of the text
     FUSED = ("to_qkv", "to_added_qkv", "to_kv")
 
-    def __init__(self, attn: Any) -> None:
-        self.attn, self.heard = attn, {}  # type: ignore[var-annotated]
+    def __init__(self, attn: Any, known: dict[str, torch.Tensor] | None = None) -> None:
+        self.attn, self.heard = attn, dict(known or {})
 
     def __getattr__(self, name: str) -> Any:
         part = getattr(self.attn, name)
@@ -67,7 +72,8 @@ class Listening:
             return part
 
         def project(*args: Any, **kwargs: Any) -> Any:
-            self.heard[name] = part(*args, **kwargs)
+            if name not in self.heard:
+                self.heard[name] = part(*args, **kwargs)
             return self.heard[name]
 
         return project

@@ -27,7 +27,8 @@ class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
     """Computes attention through the processor it wraps, for the queries that its site asks for.
 
     In self-attention the site reuses the output whole on partial steps; in cross-attention it selects queries, which see
-    the whole text. `scored` are both sites that select tokens of the block.
+    the whole text; the text's keys and values are the same on every step and kept from the full one. `scored` are both sites
+    that select tokens of the block.
     """
 
     default_inner = AttnProcessor2_0
@@ -39,9 +40,9 @@ class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> Any:
-        crossing = self.site is not None and self.site.stream == "cross-attention"
+        crossing = self.site is not None and self.site.stream == "cross-attention" and self.site.mode is not Mode.PLAIN
         needs = self.observing & (frozenset({"entropy"}) if crossing else OBSERVATIONS - {"entropy"})
-        source = Listening(attn) if needs else attn
+        source = Listening(attn, self.site.memory.text if crossing and self.site else None) if needs or crossing else attn
 
         def compute(tokens: torch.Tensor, take: Take) -> Any:
             return self.inner(source, tokens, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
@@ -49,6 +50,8 @@ class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
         if self.site is None:
             return compute(hidden_states, lambda tokens: tokens)
         output = self.site(hidden_states, compute)
+        if crossing and self.site.mode is Mode.FULL:
+            self.site.memory.text = {name: heard for name, heard in source.heard.items() if name != "to_q"}
         if needs:
             seen = self._observe(source, attention_mask, needs)
             for site in self.scored:
