@@ -21,6 +21,7 @@ from dit_accel.flops import forget_numbers
 from dit_accel.state import Inputs, Run
 
 HOOK = "dit_accel"
+CACHES = ("_cache", "pyramid_attention_broadcast")  # how the modules of diffusers' own caches are named
 Model = TypeVar("Model")
 
 
@@ -62,6 +63,7 @@ class _BeginCall:
                 text=given["encoder_hidden_states"],
                 timestep=given["timestep"],
                 name=self.hook.branch,
+                first=getattr(getattr(self.pipeline(), "scheduler", None), "step_index", 0) is None,
                 grid=functools.partial(self.family.grid, given),
                 steps=self._steps,
                 batched_guidance=self.family.BATCHED_GUIDANCE,
@@ -98,6 +100,7 @@ def transformer_of(model: Any) -> Any:
         TypeError: if there is none that could be served.
     """
     transformer = getattr(model, "transformer", None) if not isinstance(model, torch.nn.Module) else model
+    transformer = getattr(transformer, "_orig_mod", transformer)  # of torch.compile
     if transformer is None:
         raise TypeError(f"{type(model).__name__} has no transformer; give a FLUX or PixArt pipeline or its transformer.")
     family_of(transformer)
@@ -150,6 +153,10 @@ def _attach(model: Any, config: TokenCacheConfig, record: bool, processors_only:
     transformer = transformer_of(model)
     family = family_of(transformer)
     _refuse_what_cannot_be_combined(transformer)
+    for module in transformer.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            if type(hook).__module__.endswith(CACHES):
+                raise RuntimeError(f"A cache of diffusers ({type(hook).__name__}) is on this transformer; take it off first.")
     if missing := sorted(selection.get(config.selector).needs - family.OBSERVATIONS):
         raise ValueError(
             f"The selector {config.selector!r} needs {', '.join(missing)}, which {type(transformer).__name__} does not have; "
@@ -159,7 +166,9 @@ def _attach(model: Any, config: TokenCacheConfig, record: bool, processors_only:
     run = Run(config, record, processors_only)
     try:
         processors = dict(family.attach(transformer, run, processors_only))
-    except TypeError:
+        if config.text_tokens != "select" and not any(site.stream in ("text", "joint") for site in run.sites):
+            raise ValueError(f"{type(transformer).__name__} computes no text tokens; leave text_tokens at 'select'.")
+    except (TypeError, ValueError):
         family.detach(transformer)
         raise
     hook = _ContextHook(run)

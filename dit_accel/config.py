@@ -89,11 +89,16 @@ class TokenCacheConfig:
     cache_device: str | None = None
 
     def __post_init__(self) -> None:
-        whole = [("interval", 1), ("warmup_steps", 1), ("spatial_tile", 1), ("forecast_order", 0)]
+        whole = [("interval", 1), ("warmup_steps", 1), ("spatial_tile", 1), ("forecast_order", 0), ("seed", 0)]
         for name, least in (*whole, *([("steps", 1)] if self.steps is not None else [])):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        for name in ("cache_ratio", "interval_spread", "query_share", "age_weight", "spatial_bonus"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name} must be a number, not {getattr(self, name)!r}.")
+        if not isinstance(self.share_guidance_selection, bool):
+            raise ValueError(f"share_guidance_selection must be True or False, not {self.share_guidance_selection!r}.")
         if self.forecast_order > 3:
             raise ValueError(f"forecast_order is 0 to 3, not {self.forecast_order!r}.")
         if not 0 <= self.cache_ratio <= 1:

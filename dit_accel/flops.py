@@ -49,7 +49,7 @@ class FlopCounter:
     def __call__(self, calls: Iterable[Call]) -> list[int]:
         """FLOPs of every call."""
         calls = list(calls)
-        keys = [(self._shapes(call.branch), call.mode, call.counts, call.text) for call in calls]
+        keys = [(self._shapes(call.branch), call.mode, call.counts, call.text, call.plain) for call in calls]
         if missing := {key: call for key, call in zip(keys, calls, strict=True) if key not in self.known}:
             with torch.device("meta"):
                 model = self.build(self.settings).eval()
@@ -62,7 +62,7 @@ class FlopCounter:
 
     def plain(self, calls: Iterable[Call]) -> list[int]:
         """What every call would cost if nothing were applied."""
-        return self([Call(call.branch, call.step, Mode.PLAIN, (), 0, 0, 0) for call in calls])
+        return self([Call(call.branch, call.step, Mode.PLAIN, (), 0, 0) for call in calls])
 
     def _shapes(self, branch: int) -> tuple[Any, ...]:
         return tuple((name, value.shape) for name, value in self.inputs[branch].items() if isinstance(value, torch.Tensor))
@@ -73,16 +73,16 @@ class FlopCounter:
             site.release()
             site.grid, site.halves = self.grid, self.halves
         if call.mode is Mode.PARTIAL:  # fills the memories
-            self._forward(model, run, Mode.FULL, inputs)
+            self._forward(model, run, Mode.FULL, call.plain, inputs)
             chosen = [site for site in run.sites if site.tokens]
             for site, count in zip(chosen, call.counts, strict=True):
                 site.count, site.text = count, call.text if site.stream == "joint" else 0
                 site.noise = torch.empty(1, site.tokens, device="meta")
-        return self._forward(model, run, call.mode, inputs)
+        return self._forward(model, run, call.mode, call.plain, inputs)
 
-    def _forward(self, model: Any, run: Run, mode: Mode, inputs: dict[str, Any]) -> int:
-        for site in run.sites:
-            site.mode = mode
+    def _forward(self, model: Any, run: Run, mode: Mode, plain: tuple[int, ...], inputs: dict[str, Any]) -> int:
+        for i, site in enumerate(run.sites):
+            site.mode = Mode.PLAIN if i in plain else mode
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(**inputs)
         return int(counter.get_total_flops())

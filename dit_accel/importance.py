@@ -13,6 +13,15 @@ def query_stride(tokens: int, share: float) -> int:
     return max(1, min(round(1 / share), tokens // QUERIES))
 
 
+def sample(tokens: int, stride: int, device: torch.device) -> torch.Tensor:
+    """Places [ceil(tokens / stride)] of the tokens that are asked, one among every `stride`.
+
+    Its place among them moves by the golden ratio: a fixed one would always fall on the same columns of the picture.
+    """
+    number = torch.arange(-(-tokens // stride), device=device)
+    return (number * stride + number * 40503 % 65536 * stride // 65536).clamp(max=tokens - 1)
+
+
 def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Column means of softmax(Q K^T / sqrt(D)) over queries and heads, without the map.
 

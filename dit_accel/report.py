@@ -141,5 +141,6 @@ def report(model: Any) -> Report:
     run = run_of(model)
     if run is None:
         raise RuntimeError("Nothing is applied to this model; call dit_accel.apply first.")
+    run.collect()
     selections = tuple(Selection(call, stream, layer, tokens) for call, stream, layer, tokens in run.selections)
     return Report(tuple(run.calls), run.grid, selections, FlopCounter(transformer_of(model), run))

@@ -271,7 +271,7 @@ def total_scores(
 ) -> torch.Tensor:
     """What is ranked, [1 or B, N]: scores / their L2 norm over the tokens + age_weight * age / interval, then the bonus.
 
-    The bonus multiplies the best score of every tile of the image by 1 + spatial_bonus; ragged tiles at the edges count too.
+    The bonus raises the best score of every tile of the image by this share of itself; ragged tiles at the edges count too.
 
     Args:
         scores: [1 or B, N], larger is computed first; ages: [1 or B, N].
@@ -284,6 +284,7 @@ def total_scores(
     if spatial_bonus and end <= scores.shape[1]:
         tiled = to_tiles(scores[:, text:end], grid, side, fill=-float("inf"))
         best = tiled.argmax(dim=-1, keepdim=True)
-        raised = tiled.scatter(-1, best, tiled.gather(-1, best) * (1 + spatial_bonus))
+        top = tiled.gather(-1, best)
+        raised = tiled.scatter(-1, best, top + spatial_bonus * top.abs())
         scores = torch.cat([scores[:, :text], from_tiles(raised, grid, side), scores[:, end:]], dim=1)
     return scores

@@ -89,10 +89,16 @@ class Site:
             return self._remember(tokens, compute(tokens, _all))
         if self.stream != "attention" and self.count >= tokens.shape[1]:
             output = compute(tokens, _all)
+            self._computed_all(tokens)
+            self.selected = torch.arange(tokens.shape[1], device=tokens.device)[None]
             if self.order == 0:
                 memory.terms = (self._kept(output),)
             return output
         if self.count == 0 or self.stream == "attention":
+            if self.stream != "attention":
+                self.selected = torch.empty(1, 0, dtype=torch.long, device=tokens.device)
+                assert memory.ages is not None
+                memory.ages = memory.ages + 1
             return fill.extrapolate(memory.terms, self.weights, tokens)
         index = self._select(tokens)
         computed = compute(fill.take(tokens, index), lambda other: fill.take(other, index))
@@ -107,11 +113,14 @@ class Site:
         memory.terms = tuple(self._kept(term) for term in fill.expansion(output, memory.past, self.distance))
         memory.past = ()
         if self.stream != "attention":
-            rows = tokens.shape[0] if self.selector.per_picture else 1
-            memory.ages = torch.zeros(rows, tokens.shape[1], device=tokens.device)
-            if "last_tokens" in self.selector.needs:
-                memory.observed["last_tokens"] = tokens.clone()
+            self._computed_all(tokens)
         return output
+
+    def _computed_all(self, tokens: torch.Tensor) -> None:
+        rows = tokens.shape[0] if self.selector.per_picture else 1
+        self.memory.ages = torch.zeros(rows, tokens.shape[1], device=tokens.device)
+        if "last_tokens" in self.selector.needs:
+            self.memory.observed["last_tokens"] = tokens.clone()
 
     def _kept(self, features: Any) -> Any:
         """As they are stored."""
@@ -126,6 +135,8 @@ class Site:
         assert memory.ages is not None and self.noise is not None
         start = self.text if config.text_tokens != "select" else 0  # what lies before is computed always or never
         always = start if config.text_tokens == "full" else 0
+        if self.count == always:
+            return self._computed(tokens, torch.arange(always, device=tokens.device)[None])
         context = selection.SelectionContext(
             tokens=tokens[:, start:],
             ages=memory.ages[:, start:],
@@ -137,10 +148,11 @@ class Site:
             **{name: seen[:, start:] for name, seen in memory.observed.items()},
         )
         scores = self.selector.score(context)
-        if scores.ndim != 2 or len(scores) not in (1, len(tokens)) or scores.shape[1] != context.tokens.shape[1]:
+        rows = len(tokens) if self.selector.per_picture else 1
+        if scores.ndim != 2 or len(scores) not in (1, rows) or scores.shape[1] != context.tokens.shape[1]:
             raise ValueError(
-                f"The selector {config.selector!r} returned scores of shape {list(scores.shape)}; "
-                f"it must return [1 or {len(tokens)}, {context.tokens.shape[1]}], one for each of context.tokens."
+                f"The selector {config.selector!r} returned scores of shape {list(scores.shape)}; it must return "
+                f"[{'1' if rows == 1 else f'1 or {rows}'}, {context.tokens.shape[1]}], one for each of context.tokens."
             )
         scores = selection.total_scores(
             scores,
@@ -159,6 +171,12 @@ class Site:
             index = torch.cat([torch.arange(always, device=index.device).expand(len(index), -1), index], dim=1)
         if self.halves and len(index) > 1:
             index = index.repeat(2, 1)
+        return self._computed(tokens, index)
+
+    def _computed(self, tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Take note that these tokens are computed; returns their index."""
+        memory = self.memory
+        assert memory.ages is not None
         memory.ages = (memory.ages + 1).scatter(1, index.expand(len(memory.ages), -1), 0.0)
         if "last_tokens" in memory.observed:
             fill.put(memory.observed["last_tokens"], index, fill.take(tokens, index))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class Call:
     counts: tuple[int, ...]  # tokens computed by every token-wise site, in the order of the run's sites
     tokens: int  # that a full step computes there
     text: int  # text tokens
-    cache_bytes: int  # before the call, all branches together
+    plain: tuple[int, ...] = ()  # sites, by their place in the run's, that this call computed as if nothing were applied
+    cache_bytes: int = 0  # after the call, all branches together
 
     @property
     def tokens_computed(self) -> int:
@@ -53,6 +54,7 @@ class Inputs:
         latents: any shape; text: [B, T, C]; timestep: any shape, its first element counts.
         name: the guidance branch's name if the pipeline gives one.
         grid: height and width of the image in tokens, asked when a run begins.
+        first: whether the pipeline's scheduler is at its first step; False if nobody knows.
         steps: number of steps of the run, given its first timestep; asked when a run begins; None if nobody knows.
         batched_guidance: whether this family's pipelines put both halves of guidance into one batch.
         remember: all arguments of the call, without the numbers; asked when a branch begins.
@@ -62,6 +64,7 @@ class Inputs:
     text: torch.Tensor
     timestep: torch.Tensor
     name: str | None
+    first: bool
     grid: Callable[[], tuple[int, int]]
     steps: Callable[[float], int | None]
     batched_guidance: bool
@@ -98,7 +101,7 @@ class Run:
 
     def end(self) -> None:
         """Free the features; the record stays until the next run begins."""
-        self._collect()
+        self.collect()
         self.branches, self.fresh = {}, True
         for site in self.sites:
             site.release()
@@ -106,9 +109,9 @@ class Run:
     def begin_call(self, inputs: Inputs) -> None:
         """Decide what this call computes and point every site at its branch's memory.
 
-        A new run starts when time goes up, when it is back at the first timestep (half precision, whose first timesteps can
-        coincide, goes by the text instead), when the latents' shape, dtype or device or a named branch's text changes, or
-        after `end`. So an interrupted run leaves nothing behind.
+        A new run starts when time goes up, when a branch is back at the first step by the pipeline's scheduler or at the first
+        timestep (not in half precision, whose first timesteps can coincide), when the latents' shape, dtype or device or a
+        named branch's text changes, or after `end`. So an interrupted run leaves nothing behind.
         """
         if torch.is_grad_enabled():  # gradient checkpointing repeats calls, which would advance the state twice
             for site in self.sites:
@@ -118,9 +121,11 @@ class Run:
         time = float(timestep.reshape(-1)[0]) if not timestep.is_meta else float("nan")
         signature = (latents.shape, latents.dtype, latents.device)
         key, branch = self._find(text, time, inputs.name)
-        again = branch is not None and time == self.first and timestep.dtype not in (torch.float16, torch.bfloat16)
+        exact = timestep.dtype not in (torch.float16, torch.bfloat16)
+        known = branch is not None or (inputs.batched_guidance and bool(self.branches))
+        again = known and (inputs.first or (time == self.first and exact))
         changed = branch is not None and not _same(branch.text, text)
-        self._collect()
+        self.collect()
         if self.fresh or signature != self.signature or time > self.last or again or changed:
             self.end()
             self.calls, self.inputs, self.selections, self.fresh, branch = [], {}, [], False, None
@@ -175,11 +180,11 @@ class Run:
         at_distance = torch.tensor(float(max(1, distance)), device=device) if order else None
         weights = [torch.tensor(w, device=device) for w in fill.taylor_weights(distance, order)]
         lost = self._lost()
-        used = sum(memory.bytes() for b in self.branches.values() for memory in b.memories)
-        for site, memory in zip(self.sites, branch.memories, strict=True):
+        plain = tuple(i for i, site in enumerate(self.sites) if nothing_cached or id(site) in lost)
+        for i, (site, memory) in enumerate(zip(self.sites, branch.memories, strict=True)):
             if mode is Mode.FULL:
                 memory.begin_full(order)
-            site.mode = Mode.PLAIN if nothing_cached or id(site) in lost else mode
+            site.mode = Mode.PLAIN if i in plain else mode
             site.memory, site.step = Memory() if site.mode is Mode.PLAIN else memory, step
             site.grid, site.halves, site.distance, site.weights = self.grid, self.halves, at_distance, weights
         chosen = [site for site in self.sites if site.tokens]
@@ -194,10 +199,13 @@ class Run:
                 site.noise = part
         counts = tuple(site.count for site in chosen) if mode is Mode.PARTIAL else ()
         total = sum(site.tokens for site in chosen) if mode is Mode.PARTIAL else 0
-        self.calls.append(Call(branch.number, step, mode, counts, total, text_length, used))
+        self.calls.append(Call(branch.number, step, mode, counts, total, text_length, plain))
 
-    def _collect(self) -> None:
-        """Keep the selections of the call that has ended."""
+    def collect(self) -> None:
+        """Keep what is to be known of the call that has ended: the size of the cache and the selections."""
+        if self.calls and self.branches:
+            used = sum(memory.bytes() for branch in self.branches.values() for memory in branch.memories)
+            self.calls[-1] = replace(self.calls[-1], cache_bytes=used)
         for site in self.sites if self.record else ():
             if site.selected is not None:
                 self.selections.append((len(self.calls) - 1, site.stream, site.layer, site.selected.cpu()))

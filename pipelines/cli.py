@@ -205,9 +205,12 @@ def inspect(
         from pipelines.generation import settings_for
         from pipelines.inspection import inspect as draw
         from pipelines.inspection import usable
+        from pipelines.job import Job
         from pipelines.loading import load, understand
 
         quiet()
+        if not prompt.strip():
+            raise typer.BadParameter("Give a prompt that is not empty.")
         config = options.configured(
             selector_file,
             preset,
@@ -216,12 +219,17 @@ def inspect(
             age_weight=age_weight,
             spatial_bonus=spatial_bonus,
         )
+        if not 0 < config.cache_ratio < 1 or config.interval == 1:
+            raise typer.BadParameter(
+                "Nothing is selected with these settings: --cache-ratio must lie between 0 and 1, and --interval be at least 2."
+            )
         with usage():
             configs = [replace(config, selector=name) for name in selector] if selector else None
             understand(dtype, device, offload)
         pipe = load(pipeline, dtype, device, offload)
         with usage():
             settings = settings_for(pipe, pipeline, steps=steps, guidance=guidance, seed=seed, height=height, width=width)
+        Job(pipe, pipeline, [prompt], config, settings, output, err()).warn()
         show(draw(pipe, pipeline, prompt, configs or usable(pipe, config), settings, output, err()))
 
 

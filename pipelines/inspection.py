@@ -57,13 +57,13 @@ def places(report: Report, picture: int = 0) -> Places:
         image = rows[picture if len(rows) > 1 else 0].numpy() - (report.calls[made.call].text if made.stream == "joint" else 0)
         inside = image[(image >= 0) & (image < height * width)]
         maps.append(np.bincount(inside, minlength=height * width).reshape(height, width))
-    maps = [counts for counts in maps if counts.any()]
-    if not maps:
+    filled = [counts for counts in maps if counts.any()]
+    if not filled:
         raise ValueError(
             "No selection was recorded: apply with record=True, a cache ratio below 1 and more steps than the interval."
         )
     share = np.mean(maps, axis=0)
-    return Places(share, float(np.mean([uniformity(counts) for counts in maps])), *position_bias(share))
+    return Places(share, float(np.mean([uniformity(counts) for counts in filled])), *position_bias(share))
 
 
 def uniformity(counts: np.ndarray, tile: int = TILE) -> float:
@@ -137,12 +137,14 @@ def inspect(
     finally:
         dit_accel.remove(pipe)
     most = max(float(found.share.max()) for _, _, found in seen)
-    table = Table("selector", "uniformity", "row", "column", "PSNR to full", caption=f"{name}, {prompt!r}, seed {settings.seed}")
+    table = Table(
+        "selector", "uniformity", "row", "column", "PSNR to full", caption=escape(f"{name}, {prompt!r}, seed {settings.seed}")
+    )
     panels, figures = [(full, ["in full"])], {}
     for selector, image, found in seen:
         likeness = psnr_text(psnr(full, image))
         uniform, row, column = f"{found.uniformity:.3f}", f"{found.row_bias:+.2f}", f"{found.column_bias:+.2f}"
-        table.add_row(selector, uniform, row, column, likeness)
+        table.add_row(escape(selector), uniform, row, column, likeness)
         lines = [selector, f"uniformity {uniform}", f"row {row}, column {column}", likeness]
         panels.append((overlay(image, found.share, most), lines))
         figures[selector] = {"uniformity": found.uniformity, "row_bias": found.row_bias, "column_bias": found.column_bias}

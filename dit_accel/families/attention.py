@@ -106,7 +106,7 @@ def key_and_value_observations(project: Callable[[int], torch.Tensor], needs: fr
         if needs & {f"{name}s", f"{name}_norms"}:
             heads = project(which)
             if f"{name}s" in needs:
-                seen[f"{name}s"] = heads
+                seen[f"{name}s"] = heads.contiguous()  # of fused projections, this part only
             if f"{name}_norms" in needs:
                 seen[f"{name}_norms"] = heads.float().norm(dim=-1).mean(dim=-1)
     return seen

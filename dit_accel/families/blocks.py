@@ -38,7 +38,8 @@ def detach(block: Any) -> None:
     """The inverse of `attach`; does nothing for other blocks."""
     if "_dit_accel_sites" in vars(block):
         del block._dit_accel_sites
-        _become(block, type(block).__base__)
+        if not _become(block, base := type(block).__base__):
+            block.__class__ = base  # something wraps the forward meanwhile, which without sites is that of the base
 
 
 def _become(block: Any, kind: Any) -> bool:

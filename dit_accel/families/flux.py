@@ -11,7 +11,7 @@ from diffusers.models.transformers import transformer_flux
 
 from dit_accel.families import blocks
 from dit_accel.families.attention import Listening, TokenCacheAttnProcessor, key_and_value_observations
-from dit_accel.importance import attention_received, query_stride
+from dit_accel.importance import attention_received, query_stride, sample
 from dit_accel.schedule import Mode
 from dit_accel.site import Site, Take
 from dit_accel.state import Run
@@ -65,24 +65,30 @@ class FluxTokenCacheAttnProcessor(TokenCacheAttnProcessor):
     ) -> dict[str, torch.Tensor]:
         """What the selector needs, of the joint sequence, which in a double block starts with `text` tokens."""
 
-        def heads(which: int, stride: int = 1, norm: bool = False) -> torch.Tensor:
-            image = attn.projection(which)[:, ::stride]
+        def heads(which: int, norm: bool = False, stride: int = 1) -> torch.Tensor:
+            image = attn.projection(which)
+            if stride > 1:
+                image = image[:, sample(image.shape[1], stride, image.device)]
             if norm:
                 image = (attn.norm_q, attn.norm_k)[which](image)
             if not text:
                 return image
-            words = attn.projection(which, text=True)[:, ::stride]
+            words = attn.projection(which, text=True)
+            if stride > 1:
+                words = words[:, sample(text, stride, words.device)]
             if norm:
                 words = (attn.norm_added_q, attn.norm_added_k)[which](words)
             return torch.cat([words, image], dim=1)
 
         seen = key_and_value_observations(heads, needs)
         if "attention" in needs:
-            tokens = text + attn.projection(1).shape[1]
-            stride = query_stride(tokens, self.scored[0].config.query_share)
-            query, key = heads(0, stride, norm=True), heads(1, norm=True)
+            key = heads(1, norm=True)
+            image = key.shape[1] - text
+            stride = query_stride(text + image, self.scored[0].config.query_share)
+            query = heads(0, norm=True, stride=stride)
             if rotary is not None:
-                places = torch.cat([torch.arange(start, end, stride) for start, end in ((0, text), (text, tokens))]).to(key.device)
+                places = sample(image, stride, key.device) + text
+                places = torch.cat([sample(text, stride, key.device), places]) if text else places
                 query = apply_rotary_emb(query, (rotary[0][places], rotary[1][places]), sequence_dim=1)
                 key = apply_rotary_emb(key, rotary, sequence_dim=1)
             seen["attention"] = attention_received(query, key)

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from dit_accel import selection
 from dit_accel.families import blocks
 from dit_accel.families.attention import Listening, TokenCacheAttnProcessor, key_and_value_observations
-from dit_accel.importance import attention_entropy, attention_received, query_stride
+from dit_accel.importance import attention_entropy, attention_received, query_stride, sample
 from dit_accel.schedule import Mode
 from dit_accel.site import Site, Take
 from dit_accel.state import Run
@@ -59,15 +59,17 @@ class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
         return output
 
     def _observe(self, attn: Listening, mask: torch.Tensor | None, needs: frozenset[str]) -> dict[str, torch.Tensor]:
-        def heads(which: int, stride: int = 1, norm: bool = False) -> torch.Tensor:
-            projected = attn.projection(which)[:, ::stride]
+        def heads(which: int, norm: bool = False, stride: int = 1) -> torch.Tensor:
+            projected = attn.projection(which)
+            if stride > 1:
+                projected = projected[:, sample(projected.shape[1], stride, projected.device)]
             layer = (attn.norm_q, attn.norm_k)[which] if norm else None
             return layer(projected) if layer is not None else projected
 
         seen = key_and_value_observations(heads, needs)
         if "attention" in needs:
             stride = query_stride(attn.projection(0).shape[1], self.scored[0].config.query_share)
-            seen["attention"] = attention_received(heads(0, stride, norm=True), heads(1, norm=True))
+            seen["attention"] = attention_received(heads(0, norm=True, stride=stride), heads(1, norm=True))
         if "entropy" in needs:
             seen["entropy"] = attention_entropy(heads(0, norm=True), heads(1, norm=True), mask)
         return seen

@@ -23,6 +23,7 @@ SETTINGS = [
     dict(selector="v-norm", interval=3, cache_ratio=0.7, fill="forecast", forecast_order=1),
     dict(selector="random", interval=2, cache_ratio=0.8, fill="forecast", forecast_order=3),
     dict(selector="drift", interval=3, cache_ratio=0.7, fill="forecast", forecast_order=2, warmup_steps=2),
+    dict(selector="drift", interval=4, cache_ratio=0.3, ratio_schedule="toca", age_weight=0.1),  # more than all, at times
     dict(interval=3, cache_ratio=1.0),
     dict(interval=3, cache_ratio=1.0, fill="forecast", forecast_order=2, warmup_steps=3),
 ]

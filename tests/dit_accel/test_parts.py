@@ -25,6 +25,10 @@ from dit_accel.state import Inputs, Run
         ({"age_weight": -1}, "at least 0"),
         ({"age_weight": float("nan")}, "at least 0"),
         ({"text_tokens": "some"}, "select, reuse, full"),
+        ({"cache_ratio": "0.9"}, "must be a number"),
+        ({"age_weight": None}, "must be a number"),
+        ({"seed": 1.5}, "whole number"),
+        ({"share_guidance_selection": "no"}, "True or False"),
         ({"selector": "best"}, "random, attention, k-norm"),
     ],
 )
@@ -49,7 +53,7 @@ def test_published_full_steps():
         with torch.no_grad():
             for step in range(steps):
                 time = torch.tensor([float(steps - step)])
-                run.begin_call(Inputs(nothing, nothing, time, None, lambda: (1, 1), lambda t: steps, False, dict))
+                run.begin_call(Inputs(nothing, nothing, time, None, False, lambda: (1, 1), lambda t: steps, False, dict))
         return [call.step for call in run.calls if call.mode is Mode.FULL]
 
     assert full("toca-flux", 50) == [0, 1, 2, *range(6, 50, 4)]

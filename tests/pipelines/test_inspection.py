@@ -88,3 +88,23 @@ def test_inspect_command(run, tmp_path, flux_path, pixart_path, family):
 def test_inspect_with_a_wrong_selector_is_wrong_usage(run, flux_path):
     result = run("inspect", "red", "--pipeline", flux_path, "--selector", "best")
     assert result.exit_code == 2 and "There is no selector 'best'" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((" ",), "not empty"),
+        (("red", "--preset", "fora"), "Nothing is selected with these settings"),
+        (("red", "--interval", 1), "Nothing is selected with these settings"),
+    ],
+)
+def test_inspect_refuses_what_shows_nothing(run, flux_path, arguments, message):
+    result = run("inspect", *arguments, "--pipeline", flux_path)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+
+
+def test_inspect_takes_brackets_as_they_are(run, flux_path, tmp_path):
+    small = ("--height", 64, "--width", 48, "--steps", 5, "--cache-ratio", 0.7, "--output", tmp_path, "--selector", "random")
+    result = run("inspect", "red zebra [/]", "--pipeline", flux_path, *small)
+    assert result.exit_code == 0 and "red zebra [/]" in " ".join(result.stdout.split())
+    assert "does not know zebra" in " ".join(result.stderr.split())
