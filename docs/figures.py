@@ -19,7 +19,7 @@ import dit_accel
 from dit_accel import TokenCacheConfig
 from dit_accel.schedule import Mode
 from pipelines.generation import denoise, settings_for
-from pipelines.inspection import inspect, usable
+from pipelines.inspection import draw, usable
 from pipelines.loading import load
 from pipelines.pictures import write_atomically
 from pipelines.terminal import err, quiet
@@ -67,7 +67,7 @@ def places(name: str) -> None:
     pipe = load(name)
     configs = usable(pipe, TokenCacheConfig(age_weight=0.0))
     made = FIGURES / "new"
-    inspect(pipe, name, PROMPT, configs, settings_for(pipe, name), made, err())
+    draw(pipe, name, PROMPT, configs, settings_for(pipe, name), made, err())
     (picture,) = made.glob("*.png")
     write_atomically(FIGURES / f"places-{name}.png", picture.read_bytes())
     for file in made.iterdir():

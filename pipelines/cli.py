@@ -203,8 +203,7 @@ def inspect(
         from dataclasses import replace
 
         from pipelines.generation import settings_for
-        from pipelines.inspection import inspect as draw
-        from pipelines.inspection import usable
+        from pipelines.inspection import draw, usable
         from pipelines.job import Job
         from pipelines.loading import load, understand
 
@@ -220,9 +219,7 @@ def inspect(
             spatial_bonus=spatial_bonus,
         )
         if not 0 < config.cache_ratio < 1 or config.interval == 1:
-            raise typer.BadParameter(
-                "Nothing is selected with these settings: --cache-ratio must lie between 0 and 1, and --interval be at least 2."
-            )
+            raise typer.BadParameter("Nothing would be selected: --cache-ratio must lie between 0 and 1, --interval be at least 2.")
         with usage():
             configs = [replace(config, selector=name) for name in selector] if selector else None
             understand(dtype, device, offload)

@@ -109,7 +109,7 @@ def usable(pipe: Any, config: TokenCacheConfig) -> list[TokenCacheConfig]:
     return [replace(config, selector=name) for name in dit_accel.selectors() if selection.get(name).needs <= known]
 
 
-def inspect(
+def draw(
     pipe: Any, name: str, prompt: str, configs: list[TokenCacheConfig], settings: Settings, output: Path, log: Console
 ) -> Table:
     """One picture of what each selector computes, with its figures as JSON beside it and as a table.

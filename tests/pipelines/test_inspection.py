@@ -94,8 +94,8 @@ def test_inspect_with_a_wrong_selector_is_wrong_usage(run, flux_path):
     "arguments, message",
     [
         ((" ",), "not empty"),
-        (("red", "--preset", "fora"), "Nothing is selected with these settings"),
-        (("red", "--interval", 1), "Nothing is selected with these settings"),
+        (("red", "--preset", "fora"), "Nothing would be selected"),
+        (("red", "--interval", 1), "Nothing would be selected"),
     ],
 )
 def test_inspect_refuses_what_shows_nothing(run, flux_path, arguments, message):
