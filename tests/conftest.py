@@ -30,6 +30,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from dit_accel import selection
+
 TEXT_LENGTH = 8  # words and punctuation marks
 CLIP_LENGTH = 32  # characters
 WORDS = "a red green blue apple tiger teapot face 3d flat style drawing of the".split()
@@ -166,6 +168,11 @@ def build_pixart(layers: int = 4, sample_size: int = 16, seed: int = 0) -> PixAr
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(autouse=True)
+def selectors_of_a_test_end_with_it(monkeypatch) -> None:
+    monkeypatch.setattr(selection, "_SELECTORS", dict(selection._SELECTORS))
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_run(page, monkeypatch, capsys):
-    from dit_accel import selection
-
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(selection, "_SELECTORS", dict(selection._SELECTORS))
     names: dict = {}
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)):
         exec(compile(code, f"{page.name}, example {number + 1}", "exec"), names)

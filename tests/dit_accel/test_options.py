@@ -11,7 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import dit_accel
-from dit_accel import TokenCacheConfig, importance, selection
+from dit_accel import TokenCacheConfig, importance
 from dit_accel.families.flux import FluxTokenCacheAttnProcessor
 from dit_accel.families.pixart import PixArtTokenCacheAttnProcessor
 from dit_accel.schedule import Mode
@@ -226,13 +226,8 @@ def test_scores_of_a_wrong_shape_are_explained(build, run):
     def wrong(context):
         return context.noise[0]
 
-    try:
-        with pytest.raises(
-            ValueError, match=r"selector 'wrong' returned scores of shape \[\d+\]; it must return \[1( or \d)?, \d+\]"
-        ):
-            run(dit_accel.apply(build(), replace(CONFIG, selector="wrong")))
-    finally:
-        selection._SELECTORS.pop("wrong")
+    with pytest.raises(ValueError, match=r"selector 'wrong' returned scores of shape \[\d+\]; it must return \[1( or \d)?, \d+\]"):
+        run(dit_accel.apply(build(), replace(CONFIG, selector="wrong")))
 
 
 def test_a_processor_that_cannot_be_observed_is_explained(build, run):

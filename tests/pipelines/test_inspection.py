@@ -33,17 +33,15 @@ def test_position_bias_by_hand():
 
 def test_places_are_those_that_were_computed(tiny_flux):
     """Only the token in the third row and second column is ever computed, in the image stream and in the joint sequence."""
-    name = "one place"
-    if name not in dit_accel.selectors():
 
-        @dit_accel.register_selector(name)
-        def one_place(context):
-            scores = torch.zeros(1, context.tokens.shape[1])
-            if context.stream != "text":
-                scores[:, context.text + 2 * context.grid[1] + 1] = 1
-            return scores
+    @dit_accel.register_selector("one place")
+    def one_place(context):
+        scores = torch.zeros(1, context.tokens.shape[1])
+        if context.stream != "text":
+            scores[:, context.text + 2 * context.grid[1] + 1] = 1
+        return scores
 
-    config = TokenCacheConfig(interval=3, cache_ratio=0.95, selector=name, age_weight=0)
+    config = TokenCacheConfig(interval=3, cache_ratio=0.95, selector="one place", age_weight=0)
     pipe = dit_accel.apply(tiny_flux(), config, record=True)
     pipe("red", height=64, width=48, num_inference_steps=5, max_sequence_length=8, output_type="latent")
     report = dit_accel.report(pipe)
