@@ -26,6 +26,7 @@ from rich.table import Table
 import dit_accel
 from dit_accel import TokenCacheConfig
 from dit_accel.apply import run_of
+from dit_accel.families.attention import Listening
 from pipelines.terminal import show
 
 # FLUX.1-dev's defaults are diffusers'; PixArt-XL's likewise.
@@ -68,7 +69,12 @@ def own_work(model: Any, counts: dict[str, int], dtype: torch.dtype, device: str
     if isinstance(model, PixArtTransformer2DModel):
         cross, forward, width = rows("cross-attention", 1152), rows("feed-forward", 1152), 1152
         caption = torch.randn(1, 300, width, dtype=dtype, device=device)
-        return {"BasicTransformerBlock": lambda: (block.attn2(cross, encoder_hidden_states=caption), block.ff(forward))}
+        keys_and_values = {name: getattr(block.attn2, name)(caption) for name in ("to_k", "to_v")}  # kept from the full step
+
+        def crossing() -> torch.Tensor:
+            return block.attn2.processor(Listening(block.attn2, keys_and_values), cross, encoder_hidden_states=caption)
+
+        return {"BasicTransformerBlock": lambda: (crossing(), block.ff(forward))}
     single = model.single_transformer_blocks[0]
     image, text, joint = rows("image", 3072), rows("text", 3072), rows("joint", 3072)
 
