@@ -167,7 +167,11 @@ class Run:
     def _bind(self, branch: Branch, text_length: int, device: torch.device) -> None:
         config, step = self.config, branch.step
         nothing_cached = config.interval == 1 or config.cache_ratio == 0
-        mode = Mode.FULL if nothing_cached or step >= branch.next_full_step else Mode.PARTIAL
+        lost = self._lost()
+        plain = tuple(i for i, site in enumerate(self.sites) if nothing_cached or id(site) in lost)
+        # An interrupted full step leaves gaps, which only another full step fills.
+        gaps = any(not memory.terms and i not in plain for i, memory in enumerate(branch.memories))
+        mode = Mode.FULL if gaps or nothing_cached or step >= branch.next_full_step else Mode.PARTIAL
         distance = step - branch.full_step
         if mode is Mode.FULL:
             wait = (
@@ -179,8 +183,6 @@ class Run:
         order = config.forecast_order if config.fill == "forecast" else 0
         at_distance = torch.tensor(float(max(1, distance)), device=device) if order else None
         weights = [torch.tensor(w, device=device) for w in fill.taylor_weights(distance, order)]
-        lost = self._lost()
-        plain = tuple(i for i, site in enumerate(self.sites) if nothing_cached or id(site) in lost)
         for i, (site, memory) in enumerate(zip(self.sites, branch.memories, strict=True)):
             if mode is Mode.FULL:
                 memory.begin_full(order)

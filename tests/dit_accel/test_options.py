@@ -323,3 +323,22 @@ def test_text_tokens_of_a_family_without_any_are_refused(tiny_pixart):
     with pytest.raises(ValueError, match="computes no text tokens"):
         dit_accel.apply(pipe, replace(CONFIG, text_tokens="full"))
     assert not any("dit_accel" in type(module).__module__ for module in pipe.transformer.modules())
+
+
+@torch.no_grad()
+def test_a_full_step_that_was_cut_short_is_followed_by_another(tiny_flux):
+    """A transformer alone in half precision cannot tell a new run from the next step of the same text."""
+    g = torch.Generator().manual_seed(0)
+    x, text, pooled = (torch.randn(1, *s, generator=g).bfloat16() for s in ((16, 32), (8, 32), (32,)))
+    ids, plain = (torch.zeros(16, 3), torch.zeros(8, 3)), tiny_flux().transformer.bfloat16()
+    call = lambda model: model(x, text, pooled, torch.tensor([1.0]).bfloat16(), *ids, return_dict=False)[0]
+    model = dit_accel.apply(tiny_flux().transformer.bfloat16(), CONFIG)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = model.transformer_blocks[1].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        call(model)
+    hook.remove()
+    assert torch.equal(call(model), call(plain))
