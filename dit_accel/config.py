@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,9 +31,44 @@ PRESETS: dict[str, dict[str, Any]] = {
     "taylorseer": dict(interval=6, cache_ratio=1.0, warmup_steps=3, fill="forecast", forecast_order=2),
 }
 
+Config = TypeVar("Config", bound="_Options")
+
 
 @dataclass(frozen=True)
-class TokenCacheConfig:
+class _Options:
+    def to_dict(self) -> dict[str, Any]:
+        """All options by name; a function given as an option stays one."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`; an unknown key raises ValueError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; its options are {', '.join(known)}.")
+        return cls(**values)
+
+    def _whole(self, name: str, least: int) -> None:
+        if not _is_whole(value := getattr(self, name), least):
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+
+    def _numbers(self, *names: str) -> None:
+        for name in names:
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, not {value!r}.")
+
+    def _switches(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {value!r}.")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True)
+class TokenCacheConfig(_Options):
     """Token-wise feature caching (ToCa: Zou et al., ICLR 2025, arXiv 2410.05317) and its relatives.
 
     When:
@@ -91,14 +126,9 @@ class TokenCacheConfig:
     def __post_init__(self) -> None:
         whole = [("interval", 1), ("warmup_steps", 1), ("spatial_tile", 1), ("forecast_order", 0), ("seed", 0)]
         for name, least in (*whole, *([("steps", 1)] if self.steps is not None else [])):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
-        for name in ("cache_ratio", "interval_spread", "query_share", "age_weight", "spatial_bonus"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"{name} must be a number, not {getattr(self, name)!r}.")
-        if not isinstance(self.share_guidance_selection, bool):
-            raise ValueError(f"share_guidance_selection must be True or False, not {self.share_guidance_selection!r}.")
+            self._whole(name, least)
+        self._numbers("cache_ratio", "interval_spread", "query_share", "age_weight", "spatial_bonus")
+        self._switches("share_guidance_selection")
         if self.forecast_order > 3:
             raise ValueError(f"forecast_order is 0 to 3, not {self.forecast_order!r}.")
         if not 0 <= self.cache_ratio <= 1:
@@ -134,14 +164,67 @@ class TokenCacheConfig:
             raise ValueError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
         return cls.from_dict({**PRESETS[name], **changes})
 
-    def to_dict(self) -> dict[str, Any]:
-        """All options by name; a `ratio_schedule` of one's own stays a function."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TokenCacheConfig:
-        """The inverse of `to_dict`; an unknown key raises ValueError."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"TokenCacheConfig has no option {', '.join(unknown)}; its options are {', '.join(known)}.")
-        return cls(**values)
+@dataclass(frozen=True)
+class TokenMergeConfig(_Options):
+    """Token merging (ToMe-SD: Bolya and Hoffman, CVPRW 2023, arXiv 2303.17604) of image tokens.
+
+    When:
+        warmup_steps: steps at the start on which nothing is merged.
+        rematch_every: steps, and layers, that share one matching; one number means both.
+
+    Which:
+        ratio: share of the image tokens that are merged into others, at most 1 - 1 / (sx sy). At 0 nothing is merged.
+        stride: (sx, sy), width and height in tokens of the cells of which one token each is merged into.
+        randomize: whether that is a random token of the cell, or its top-left one.
+        seed: seed of its own random numbers; it does not touch the picture's noise.
+
+    How:
+        merge_attention: whether self-attention (the joint attention of FLUX) works on merged tokens.
+        merge_cross_attention: whether cross-attention to the text does (PixArt).
+        merge_mlp: whether the feed-forward does; in a single block of FLUX, with the output projection.
+        keep_queries: merge keys and values only, so that every token keeps its own query: half of the saving in attention's
+            projections, all of it in the products.
+        proportional_attention: add the logarithm of a merged token's size to its attention scores, so that it weighs as much
+            as its tokens together. Needs an attention mask, which flash and sage attention do not take.
+
+    Raises:
+        ValueError: for a value out of range, with the values that would do.
+    """
+
+    ratio: float = 0.5
+    stride: tuple[int, int] = (2, 2)
+    randomize: bool = True
+    merge_attention: bool = True
+    merge_cross_attention: bool = False
+    merge_mlp: bool = False
+    rematch_every: int | tuple[int, int] = (5, 1)
+    warmup_steps: int = 0
+    keep_queries: bool = False
+    proportional_attention: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rematch_every, int) and not isinstance(self.rematch_every, bool):
+            object.__setattr__(self, "rematch_every", (self.rematch_every, self.rematch_every))
+        for name in ("stride", "rematch_every"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_whole(part, 1) for part in value):
+                raise ValueError(f"{name} must be two whole numbers of at least 1, not {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        self._whole("warmup_steps", 0)
+        self._whole("seed", 0)
+        self._numbers("ratio")
+        self._switches(
+            "randomize", "merge_attention", "merge_cross_attention", "merge_mlp", "keep_queries", "proportional_attention"
+        )
+        most = 1 - 1 / (self.stride[0] * self.stride[1])
+        if not 0 <= self.ratio <= most:
+            raise ValueError(
+                f"ratio is the share of image tokens merged into others, with a stride of {self.stride} between 0 and {most:g}, "
+                f"not {self.ratio!r}; a larger stride allows more."
+            )
+        if not (self.merge_attention or self.merge_cross_attention or self.merge_mlp):
+            raise ValueError("Nothing would be merged; leave at least one of merge_attention, merge_cross_attention, merge_mlp on.")
+        if not self.merge_attention and (self.keep_queries or self.proportional_attention):
+            raise ValueError("keep_queries and proportional_attention are about merged attention; leave merge_attention on.")

@@ -18,14 +18,18 @@ class Matching:
     """Which tokens become one. Merged tokens keep the order of the tokens whose place they take.
 
     Attributes:
-        group: the merged token that every token is part of, [1 or B, N].
-        places: the token whose place, and position, each merged token takes, [1 or B, M].
-        sizes: tokens in each merged token, [1 or B, M].
+        group: the merged token that every token is part of, [B, N].
+        order: the tokens, group by group, [B, N].
+        starts: where each group begins in the order, [B, M].
+        sizes: tokens in each group, [B, M].
+        places: the token whose place, and position, each merged token takes, [B, M].
     """
 
     group: torch.Tensor
-    places: torch.Tensor
+    order: torch.Tensor
+    starts: torch.Tensor
     sizes: torch.Tensor
+    places: torch.Tensor
 
 
 def destinations(grid: tuple[int, int], stride: tuple[int, int], noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,7 +54,8 @@ def merged_away(tokens: int, grid: tuple[int, int], stride: tuple[int, int], rat
     Raises:
         ValueError: if there are not so many tokens that are no destinations, with the largest ratio that would do.
     """
-    sources = tokens - (grid[0] // stride[0]) * (grid[1] // stride[1])
+    cells = (grid[0] // stride[0]) * (grid[1] // stride[1])
+    sources = tokens - cells if cells else 0
     count = int(round(tokens * ratio, 6))
     if not 0 <= count <= sources:
         raise ValueError(
@@ -81,18 +86,20 @@ def match(tokens: torch.Tensor, into: torch.Tensor, count: int) -> Matching:
     stays = torch.ones(batch, total, dtype=torch.int8, device=tokens.device).scatter(1, away, 0)
     places = stays.argsort(dim=-1, descending=True, stable=True)[:, : total - count]
     group = (stays.long().cumsum(dim=-1) - 1).gather(1, head)
-    sizes = torch.zeros(batch, total - count, device=tokens.device).scatter_add(1, group, torch.ones_like(group, dtype=torch.float))
-    return Matching(group, places, sizes)
+    sizes = torch.zeros_like(places).scatter_add(1, group, torch.ones_like(group))
+    return Matching(group, group.argsort(dim=-1, stable=True), sizes.cumsum(dim=-1) - sizes, sizes, places)
 
 
 def merge(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:
-    """Means of the groups: [B, N, C] -> [B, M, C]."""
-    group = matching.group[..., None].expand_as(tokens)
-    merged = torch.zeros(len(tokens), matching.places.shape[1], tokens.shape[-1], device=tokens.device)
-    merged = merged.scatter_add(1, group, tokens.float())
-    return (merged / matching.sizes[..., None]).to(tokens.dtype)
+    """Means of the groups: [B, N, C] -> [B, M, C]. The same sums in the same order every time, on GPUs as well."""
+    batch, total, _ = tokens.shape
+    first = torch.arange(batch, device=tokens.device)[:, None] * total
+    bags, starts = (matching.order + first).flatten(), (matching.starts + first).flatten()
+    return F.embedding_bag(bags, tokens.flatten(0, 1), starts, mode="mean").unflatten(0, (batch, -1))
 
 
 def unmerge(merged: torch.Tensor, matching: Matching) -> torch.Tensor:
     """Every token gets what its group has: [B, M, C] -> [B, N, C]."""
-    return merged.gather(1, matching.group[..., None].expand(len(merged), -1, merged.shape[-1]))
+    batch, groups, _ = merged.shape
+    first = torch.arange(batch, device=merged.device)[:, None] * groups
+    return F.embedding(matching.group + first, merged.flatten(0, 1))
