@@ -1,7 +1,7 @@
 """Make diffusion transformers faster by computing fewer tokens."""
 
 from dit_accel.apply import apply, attn_processors, remove
-from dit_accel.config import TokenCacheConfig
+from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.report import Report, report
 from dit_accel.schedule import Place
 from dit_accel.selection import SelectionContext, register_selector, selectors
@@ -11,6 +11,7 @@ __all__ = [
     "Report",
     "SelectionContext",
     "TokenCacheConfig",
+    "TokenMergeConfig",
     "apply",
     "attn_processors",
     "register_selector",

@@ -6,6 +6,7 @@ import functools
 import inspect
 import types
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference, StateManager
 
 from dit_accel import selection
-from dit_accel.config import TokenCacheConfig
+from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.families import Family, family_of
 from dit_accel.flops import forget_numbers
 from dit_accel.state import Inputs, Run
@@ -23,6 +24,7 @@ from dit_accel.state import Inputs, Run
 HOOK = "dit_accel"
 CACHES = ("_cache", "pyramid_attention_broadcast")  # how the modules of diffusers' own caches are named
 Model = TypeVar("Model")
+Config = TokenCacheConfig | TokenMergeConfig
 
 
 class _ContextHook(ModelHook):  # type: ignore[misc]
@@ -113,12 +115,12 @@ def run_of(model: Any) -> Run | None:
     return applied.run if applied is not None else None
 
 
-def apply(model: Model, config: TokenCacheConfig, *, record: bool = False) -> Model:
+def apply(model: Model, config: Config | Iterable[Config], *, record: bool = False) -> Model:
     """Compute only some tokens from now on. Whatever was applied before is replaced.
 
     Args:
         model: a FLUX or PixArt pipeline, or its transformer.
-        config: what to compute.
+        config: what to compute; of caching and merging together, merging works on the full steps.
         record: whether `report` shall also tell which tokens were computed.
 
     Returns:
@@ -126,7 +128,7 @@ def apply(model: Model, config: TokenCacheConfig, *, record: bool = False) -> Mo
 
     Raises:
         TypeError: for a model or a configuration that is not supported.
-        ValueError: for a selector that this family has no use for.
+        ValueError: for a selector or an option that this family has no use for.
         RuntimeError: when something else that cannot be combined is active; the message says what to switch off.
     """
     transformer = transformer_of(model)
@@ -135,11 +137,12 @@ def apply(model: Model, config: TokenCacheConfig, *, record: bool = False) -> Mo
     return model
 
 
-def attn_processors(transformer: Any, config: TokenCacheConfig) -> dict[str, Any]:
-    """Attention processors that reuse attention on partial steps and leave the rest of every block to be computed in full.
+def attn_processors(transformer: Any, config: Config | Iterable[Config]) -> dict[str, Any]:
+    """Attention processors that reuse or merge attention alone and leave the rest of every block to be computed in full.
 
     `transformer.set_attn_processor(attn_processors(transformer, config))` puts them in; `remove` takes them out. `apply` saves
-    far more: attention is less than half of the work, see docs/token-caching.md.
+    far more with a cache: attention is less than half of the work, see docs/token-caching.md. Processors match the tokens that
+    enter attention, `apply` those that enter the block.
 
     Raises:
         As `apply`.
@@ -147,9 +150,23 @@ def attn_processors(transformer: Any, config: TokenCacheConfig) -> dict[str, Any
     return _attach(transformer, config, record=False, processors_only=True)
 
 
-def _attach(model: Any, config: TokenCacheConfig, record: bool, processors_only: bool) -> dict[str, Any]:
-    if not isinstance(config, TokenCacheConfig):
-        raise TypeError(f"The configuration must be a TokenCacheConfig, not a {type(config).__name__}.")
+def _understand(config: Any) -> tuple[TokenCacheConfig, TokenMergeConfig | None]:
+    """The one of each kind; without a cache, one that never caches."""
+    given = list(config) if isinstance(config, (list, tuple)) else [config]
+    caches = [c for c in given if isinstance(c, TokenCacheConfig)]
+    merges = [c for c in given if isinstance(c, TokenMergeConfig)]
+    if not given or len(caches) + len(merges) != len(given) or len(caches) > 1 or len(merges) > 1:
+        raise TypeError(
+            "The configuration must be a TokenCacheConfig, a TokenMergeConfig, or a list of one of each, not "
+            f"{', '.join(type(c).__name__ for c in given) or 'empty'}."
+        )
+    return caches[0] if caches else TokenCacheConfig(interval=1), merges[0] if merges else None
+
+
+def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> dict[str, Any]:
+    cache, merge = _understand(config)
+    if processors_only and merge is not None and merge.merge_mlp:
+        raise ValueError("Attention processors cannot reach the feed-forward: leave merge_mlp off, or use dit_accel.apply.")
     transformer = transformer_of(model)
     family = family_of(transformer)
     _refuse_what_cannot_be_combined(transformer)
@@ -157,16 +174,16 @@ def _attach(model: Any, config: TokenCacheConfig, record: bool, processors_only:
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
             if type(hook).__module__.endswith(CACHES):
                 raise RuntimeError(f"A cache of diffusers ({type(hook).__name__}) is on this transformer; take it off first.")
-    if missing := sorted(selection.get(config.selector).needs - family.OBSERVATIONS):
+    if missing := sorted(selection.get(cache.selector).needs - family.OBSERVATIONS):
         raise ValueError(
-            f"The selector {config.selector!r} needs {', '.join(missing)}, which {type(transformer).__name__} does not have; "
+            f"The selector {cache.selector!r} needs {', '.join(missing)}, which {type(transformer).__name__} does not have; "
             "choose another one."
         )
     remove(model)
-    run = Run(config, record, processors_only)
+    run = Run(cache, merge, record, processors_only)
     try:
         processors = dict(family.attach(transformer, run, processors_only))
-        if config.text_tokens != "select" and not any(site.stream in ("text", "joint") for site in run.sites):
+        if cache.text_tokens != "select" and not any(site.stream in ("text", "joint") for site in run.sites):
             raise ValueError(f"{type(transformer).__name__} computes no text tokens; leave text_tokens at 'select'.")
     except (TypeError, ValueError):
         family.detach(transformer)

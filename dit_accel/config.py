@@ -205,13 +205,11 @@ class TokenMergeConfig(_Options):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.rematch_every, int) and not isinstance(self.rematch_every, bool):
-            object.__setattr__(self, "rematch_every", (self.rematch_every, self.rematch_every))
-        for name in ("stride", "rematch_every"):
-            value = getattr(self, name)
+        for name, value in (("stride", self.stride), ("rematch_every", self.rematching)):
             if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_whole(part, 1) for part in value):
                 raise ValueError(f"{name} must be two whole numbers of at least 1, not {value!r}.")
-            object.__setattr__(self, name, tuple(value))
+            if isinstance(getattr(self, name), list):  # of JSON
+                object.__setattr__(self, name, tuple(value))
         self._whole("warmup_steps", 0)
         self._whole("seed", 0)
         self._numbers("ratio")
@@ -228,3 +226,9 @@ class TokenMergeConfig(_Options):
             raise ValueError("Nothing would be merged; leave at least one of merge_attention, merge_cross_attention, merge_mlp on.")
         if not self.merge_attention and (self.keep_queries or self.proportional_attention):
             raise ValueError("keep_queries and proportional_attention are about merged attention; leave merge_attention on.")
+
+    @property
+    def rematching(self) -> tuple[int, int]:
+        """Steps, and layers, that share one matching."""
+        every = self.rematch_every
+        return every if isinstance(every, (tuple, list)) else (every, every)

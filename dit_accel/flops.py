@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_accel.families import family_of
 from dit_accel.schedule import Mode
-from dit_accel.state import Call, Run
+from dit_accel.state import Call, Matched, Run
 
 
 def on_meta(value: Any) -> Any:
@@ -42,18 +42,20 @@ class FlopCounter:
         self.build, self.settings, self.processors_only = type(transformer).from_config, transformer.config, run.processors_only
         self.config = dataclasses.replace(run.config, cache_device=None)  # numbers on the CPU do not mix with none
         self.grid, self.halves = run.grid, run.halves
+        self.merge, self.merged = run.merge, run.merged
         self.inputs: Mapping[int, dict[str, Any]] = run.inputs
-        same = (self.build, str(sorted(transformer.config.items())), run.config, run.grid, run.halves, run.processors_only)
+        kind = self.build, str(sorted(transformer.config.items()))
+        same = (*kind, run.config, run.merge, run.grid, run.halves, run.processors_only)
         self.known = _KNOWN.setdefault(same, {})
 
     def __call__(self, calls: Iterable[Call]) -> list[int]:
         """FLOPs of every call."""
         calls = list(calls)
-        keys = [(self._shapes(call.branch), call.mode, call.counts, call.text, call.plain) for call in calls]
+        keys = [(self._shapes(call.branch), call.mode, call.counts, call.text, call.plain, call.matched) for call in calls]
         if missing := {key: call for key, call in zip(keys, calls, strict=True) if key not in self.known}:
             with torch.device("meta"):
                 model = self.build(self.settings).eval()
-            family, run = family_of(model), Run(self.config)
+            family, run = family_of(model), Run(self.config, self.merge)
             processors = dict(family.attach(model, run, self.processors_only))
             model.set_attn_processor(processors)
             for key, call in missing.items():
@@ -71,7 +73,11 @@ class FlopCounter:
         inputs = {name: value for name, value in self.inputs[call.branch].items() if name != "joint_attention_kwargs"}
         for site in run.sites:
             site.release()
-            site.grid, site.halves = self.grid, self.halves
+            site.grid, site.halves = self.grid, self.halves and self.config.share_guidance_selection
+        if Matched.BEFORE in call.matched:
+            self._bind_merging(run, call, here=(Matched.HERE, Matched.BEFORE))
+            self._forward(model, run, Mode.FULL, call.plain, inputs)
+        self._bind_merging(run, call, here=(Matched.HERE,))
         if call.mode is Mode.PARTIAL:  # fills the memories
             self._forward(model, run, Mode.FULL, call.plain, inputs)
             chosen = [site for site in run.sites if site.tokens]
@@ -79,6 +85,17 @@ class FlopCounter:
                 site.count, site.text = count, call.text if site.stream == "joint" else 0
                 site.noise = torch.empty(1, site.tokens, device="meta")
         return self._forward(model, run, call.mode, call.plain, inputs)
+
+    def _bind_merging(self, run: Run, call: Call, here: tuple[Matched, ...]) -> None:
+        """Let every layer merge as in the call; these make a matching of their own."""
+        if run.merge is None:
+            return
+        (height, width), (right, down) = self.grid, run.merge.stride
+        cells = (height // down) * (width // right)
+        for site, how in zip(run.merge_sites, call.matched or [Matched.NOT] * len(run.merge_sites), strict=True):
+            into = torch.empty(cells, dtype=torch.long, device="meta") if how in here else None
+            count = self.merged if how is not Matched.NOT else 0
+            site.bind(site.shared, count, height * width, call.text, self.halves, into)
 
     def _forward(self, model: Any, run: Run, mode: Mode, plain: tuple[int, ...], inputs: dict[str, Any]) -> int:
         for i, site in enumerate(run.sites):

@@ -95,7 +95,8 @@ def merge(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:
     batch, total, _ = tokens.shape
     first = torch.arange(batch, device=tokens.device)[:, None] * total
     bags, starts = (matching.order + first).flatten(), (matching.starts + first).flatten()
-    return F.embedding_bag(bags, tokens.flatten(0, 1), starts, mode="mean").unflatten(0, (batch, -1))
+    means: torch.Tensor = F.embedding_bag(bags, tokens.flatten(0, 1), starts, mode="mean").unflatten(0, (batch, -1))
+    return means
 
 
 def unmerge(merged: torch.Tensor, matching: Matching) -> torch.Tensor:

@@ -63,6 +63,11 @@ class Report:
         return sum(call.tokens_computed for call in self.calls) / total if total else 1.0
 
     @property
+    def tokens_merged(self) -> int:
+        """Image tokens that were merged into others in every merging layer, on steps that merged."""
+        return max((call.merged for call in self.calls), default=0)
+
+    @property
     def cache_bytes(self) -> int:
         """The most that the cache held."""
         return max((call.cache_bytes for call in self.calls), default=0)
@@ -91,6 +96,7 @@ class Report:
             "full_steps": self.full_steps,
             "partial_steps": self.partial_steps,
             "tokens_share": self.tokens_share,
+            "tokens_merged": self.tokens_merged,
             "cache_bytes": self.cache_bytes,
             "flops": sum(self.flops),
             "full_flops": self.full_flops,
@@ -111,6 +117,7 @@ class Report:
                 "mode": call.mode.value,
                 "tokens_computed": call.tokens_computed,
                 "tokens": call.tokens,
+                "tokens_merged": call.merged,
                 "flops": flops,
                 "cache_bytes": call.cache_bytes,
             }
@@ -120,11 +127,15 @@ class Report:
     def __str__(self) -> str:
         if not self.calls:
             return "No run yet: call the pipeline first."
-        lines = ["branch  step  mode      tokens computed     GFLOPs  cache MiB"]
+        lines = ["branch  step  mode        tokens computed     GFLOPs  cache MiB"]
         for call, flops in zip(self.calls, self.flops, strict=True):
             tokens = f"{call.tokens_computed} of {call.tokens}" if call.mode is Mode.PARTIAL else "all"
-            row = f"{call.branch:6}  {call.step:4}  {call.mode.value:8}  {tokens:>15}"
+            tokens += f", {call.merged} merged" if call.merged else ""
+            row = f"{call.branch:6}  {call.step:4}  {call.mode.value:8}  {tokens:>17}"
             lines.append(f"{row}  {flops / 1e9:9.3f}  {call.cache_bytes / 2**20:9.1f}")
+        if self.tokens_merged:
+            height, width = self.grid
+            lines.append(f"Up to {self.tokens_merged} of {height * width} image tokens were merged into others in every layer.")
         lines.append(
             f"{self.full_steps} full and {self.partial_steps} partial calls; a partial call computed {self.tokens_share:.1%} of "
             f"its tokens; {self.flops_ratio:.2f} times fewer FLOPs; the cache held up to {self.cache_bytes / 2**20:.1f} MiB."

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import torch
 
-from dit_accel import fill, schedule
-from dit_accel.config import TokenCacheConfig
+from dit_accel import fill, merging, schedule
+from dit_accel.config import TokenCacheConfig, TokenMergeConfig
+from dit_accel.merge_site import MergeSite, Shared
 from dit_accel.schedule import Mode
 from dit_accel.site import Memory, Site
+
+
+class Matched(Enum):
+    """Where a layer has its matching from."""
+
+    HERE = "here"
+    BEFORE = "before"
+    NOT = "not"  # nothing is merged there
 
 
 @dataclass
@@ -21,11 +31,16 @@ class Branch:
     number: int  # in the order in which the run met them
     text: torch.Tensor
     memories: list[Memory]
-    generator: torch.Generator
+    generator: torch.Generator  # of selections
+    destinations: torch.Generator  # of merging
+    shared: dict[int, Shared] = field(default_factory=dict)  # by the layers' number over how many of them share
     step: int = 0
     full_step: int = 0  # the last
     next_full_step: int = 0
     timestep: float = float("inf")
+
+    def bytes(self) -> int:
+        return sum(memory.bytes() for memory in self.memories) + sum(shared.bytes() for shared in self.shared.values())
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,8 @@ class Call:
     tokens: int  # that a full step computes there
     text: int  # text tokens
     plain: tuple[int, ...] = ()  # sites, by their place in the run's, that this call computed as if nothing were applied
+    merged: int = 0  # image tokens merged into others in every merging layer
+    matched: tuple[Matched, ...] = ()  # how, layer by layer
     cache_bytes: int = 0  # after the call, all branches together
 
     @property
@@ -76,10 +93,12 @@ class Run:
     """Every branch of the run under way, and a record of what was computed that outlives it."""
 
     config: TokenCacheConfig
+    merge: TokenMergeConfig | None = None
     record: bool = False
     processors_only: bool = False
     sites: list[Site] = field(default_factory=list)
-    attached: list[tuple[Any, Any, tuple[Site, ...]]] = field(default_factory=list)  # attention, our processor, its sites
+    merge_sites: list[MergeSite] = field(default_factory=list)
+    attached: list[tuple[Any, Any, tuple[Site | MergeSite, ...]]] = field(default_factory=list)  # attention, processor, its sites
     branches: dict[Any, Branch] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     inputs: dict[int, dict[str, Any]] = field(default_factory=dict)  # of every branch, on the meta device
@@ -90,11 +109,22 @@ class Run:
     fresh: bool = True
     steps: int | None = None
     grid: tuple[int, int] = (1, 1)
+    merged: int = 0  # image tokens merged into others where something is merged
     halves: bool = False  # guidance in one batch: both halves have the same latents
+
+    @property
+    def caches(self) -> bool:
+        """Whether anything has to be cached; merging alone does without."""
+        return self.merge is None or self.config.interval > 1
 
     def add(self, layer: int, stream: str) -> Site:
         self.sites.append(Site(self.config, layer, stream))
         return self.sites[-1]
+
+    def add_merging(self) -> MergeSite:
+        """Of the next layer; without a configuration it never merges."""
+        self.merge_sites.append(MergeSite(self.merge or TokenMergeConfig(ratio=0), len(self.merge_sites)))
+        return self.merge_sites[-1]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("A transformer cannot be copied or pickled while dit_accel is applied; call dit_accel.remove first.")
@@ -105,6 +135,8 @@ class Run:
         self.branches, self.fresh = {}, True
         for site in self.sites:
             site.release()
+        for merge_site in self.merge_sites:
+            merge_site.release()
 
     def begin_call(self, inputs: Inputs) -> None:
         """Decide what this call computes and point every site at its branch's memory.
@@ -116,6 +148,7 @@ class Run:
         if torch.is_grad_enabled():  # gradient checkpointing repeats calls, which would advance the state twice
             for site in self.sites:
                 site.mode = Mode.PLAIN
+            self._merge_nothing()
             return
         timestep, text, latents = inputs.timestep, inputs.text, inputs.latents
         time = float(timestep.reshape(-1)[0]) if not timestep.is_meta else float("nan")
@@ -128,16 +161,21 @@ class Run:
         self.collect()
         if self.fresh or signature != self.signature or time > self.last or again or changed:
             self.end()
+            self.grid, self.steps = inputs.grid(), self.config.steps or inputs.steps(time)
+            if self.merge is not None:
+                tokens, (right, down) = self.grid[0] * self.grid[1], self.merge.stride
+                self.merged = merging.merged_away(tokens, self.grid, (down, right), self.merge.ratio)
             self.calls, self.inputs, self.selections, self.fresh, branch = [], {}, [], False, None
             self.signature, self.first = signature, time
-            self.grid, self.steps = inputs.grid(), self.config.steps or inputs.steps(time)
             half = len(latents) // 2
-            share = inputs.batched_guidance and self.config.share_guidance_selection and len(latents) % 2 == 0
+            share = inputs.batched_guidance and len(latents) % 2 == 0
             self.halves = share and not latents.is_meta and bool(torch.equal(latents[:half], latents[half:]))
         if branch is None:
             self.inputs[len(self.branches)] = inputs.remember()
-            generator = torch.Generator().manual_seed(self.config.seed)
-            branch = self.branches[key] = Branch(len(self.branches), text, [Memory() for _ in self.sites], generator)
+            selections = torch.Generator().manual_seed(self.config.seed)
+            destinations = torch.Generator().manual_seed(self.merge.seed if self.merge else 0)
+            memories = [Memory() for _ in self.sites]
+            branch = self.branches[key] = Branch(len(self.branches), text, memories, selections, destinations)
         self.last = branch.timestep = time
         self._bind(branch, text.shape[1], latents.device)
         branch.step += 1
@@ -188,7 +226,8 @@ class Run:
                 memory.begin_full(order)
             site.mode = Mode.PLAIN if i in plain else mode
             site.memory, site.step = Memory() if site.mode is Mode.PLAIN else memory, step
-            site.grid, site.halves, site.distance, site.weights = self.grid, self.halves, at_distance, weights
+            site.grid, site.distance, site.weights = self.grid, at_distance, weights
+            site.halves = self.halves and config.share_guidance_selection
         chosen = [site for site in self.sites if site.tokens]
         if mode is Mode.PARTIAL:
             streams = [site.stream for site in self.sites]
@@ -201,12 +240,45 @@ class Run:
                 site.noise = part
         counts = tuple(site.count for site in chosen) if mode is Mode.PARTIAL else ()
         total = sum(site.tokens for site in chosen) if mode is Mode.PARTIAL else 0
-        self.calls.append(Call(branch.number, step, mode, counts, total, text_length, plain))
+        matched = self._bind_merging(branch, lost, text_length, device) if mode is Mode.FULL else ()
+        if not matched:
+            self._merge_nothing()
+        self.calls.append(
+            Call(branch.number, step, mode, counts, total, text_length, plain, self.merged if matched else 0, matched)
+        )
+
+    def _merge_nothing(self) -> None:
+        for site in self.merge_sites:
+            site.count = 0
+
+    def _bind_merging(self, branch: Branch, lost: set[int], text_length: int, device: torch.device) -> tuple[Matched, ...]:
+        """Decide which layers of a full step merge, and which of them make the matching."""
+        config = self.merge
+        if config is None or not self.merged or branch.step < config.warmup_steps:
+            return ()
+        steps, layers = config.rematching
+        (height, width), (right, down) = self.grid, config.stride
+        done: dict[int, Matched] = {}
+        groups: set[int] = set()  # of layers, whose matching is there or on its way
+        for site in self.merge_sites:
+            if id(site) in lost:
+                site.count, done[site.layer] = 0, Matched.NOT
+                continue
+            shared = branch.shared.setdefault(group := site.layer // layers, Shared())
+            here = group not in groups and (shared.matching is None or branch.step - shared.step >= steps)
+            groups.add(group)
+            if here:
+                shared.matching, shared.step, cells = None, branch.step, (height // down) * (width // right)
+                noise = torch.rand(cells, generator=branch.destinations) if config.randomize else None
+                into = merging.destinations(self.grid, (down, right), noise).to(device)
+            site.bind(shared, self.merged, height * width, text_length, self.halves, into if here else None)
+            done[site.layer] = Matched.HERE if here else Matched.BEFORE
+        return tuple(done.values())
 
     def collect(self) -> None:
         """Keep what is to be known of the call that has ended: the size of the cache and the selections."""
         if self.calls and self.branches:
-            used = sum(memory.bytes() for branch in self.branches.values() for memory in branch.memories)
+            used = sum(branch.bytes() for branch in self.branches.values())
             self.calls[-1] = replace(self.calls[-1], cache_bytes=used)
         for site in self.sites if self.record else ():
             if site.selected is not None:

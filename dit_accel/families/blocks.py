@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from diffusers.models import attention
 
+from dit_accel.merge_site import MergeSite
 from dit_accel.schedule import Mode
 from dit_accel.site import Site
 
 FEED_FORWARDS = ("ff", "ff_context")
 
 
-def attach(block: Any, kind: type, sites: tuple[Site, ...], name: str) -> None:
+def attach(block: Any, kind: type, sites: tuple[Site, ...], merging: MergeSite, name: str) -> None:
     """Turn diffusers' block into the token-wise `kind`, a subclass of its class, in place; weights and their names stay.
 
     Raises:
@@ -31,13 +32,27 @@ def attach(block: Any, kind: type, sites: tuple[Site, ...], name: str) -> None:
             )
     if not _become(block, kind):
         raise TypeError(f"{name}.forward was replaced by something unknown. Call dit_accel.apply before that.")
-    block._dit_accel_sites = sites
+    block._dit_accel = sites, merging
+
+
+def attached(block: Any, tokens: torch.Tensor) -> tuple[tuple[Any, ...], MergeSite] | None:
+    """What `attach` was given, or None where diffusers' own forward is to do all the work.
+
+    Args:
+        block: ours.
+        tokens: the image tokens that enter it, [B, N, C], for merging to match.
+    """
+    sites, merging = vars(block).get("_dit_accel", (None, None))
+    if sites is None:
+        return None
+    merging.see(tokens)
+    return (sites, merging) if sites[0].mode is not Mode.PLAIN or merging.merges_mlp else None
 
 
 def detach(block: Any) -> None:
     """The inverse of `attach`; does nothing for other blocks."""
-    if "_dit_accel_sites" in vars(block):
-        del block._dit_accel_sites
+    if "_dit_accel" in vars(block):
+        del block._dit_accel
         if not _become(block, base := type(block).__base__):
             block.__class__ = base  # something wraps the forward meanwhile, which without sites is that of the base
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,16 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 
 from dit_accel.families import blocks
-from dit_accel.families.attention import Listening, TokenCacheAttnProcessor, key_and_value_observations
+from dit_accel.families.attention import (
+    Listening,
+    MergedKeys,
+    Rotary,
+    TokenCacheAttnProcessor,
+    TokenMergeAttnProcessor,
+    key_and_value_observations,
+    rotating_norms,
+    unwrapped,
+)
 from dit_accel.importance import attention_received, query_stride, sample
 from dit_accel.schedule import Mode
 from dit_accel.site import Site, Take
@@ -36,12 +46,11 @@ class FluxTokenCacheAttnProcessor(TokenCacheAttnProcessor):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: Rotary | None = None,
         ip_hidden_states: Any = None,
         ip_adapter_masks: Any = None,
     ) -> Any:
-        extra = {"ip_hidden_states": ip_hidden_states, "ip_adapter_masks": ip_adapter_masks}
-        extra = {name: value for name, value in extra.items() if value is not None and name in self.accepted}
+        extra = self.wanted(ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
 
         needs = self.observing
         source = Listening(attn) if needs else attn
@@ -60,9 +69,7 @@ class FluxTokenCacheAttnProcessor(TokenCacheAttnProcessor):
                 site.memory.observed = {name: value[:, part] for name, value in seen.items()}
         return output
 
-    def _observe(
-        self, attn: Listening, text: int, rotary: tuple[torch.Tensor, torch.Tensor] | None, needs: frozenset[str]
-    ) -> dict[str, torch.Tensor]:
+    def _observe(self, attn: Listening, text: int, rotary: Rotary | None, needs: frozenset[str]) -> dict[str, torch.Tensor]:
         """What the selector needs, of the joint sequence, which in a double block starts with `text` tokens."""
 
         def heads(which: int, norm: bool = False, stride: int = 1) -> torch.Tensor:
@@ -95,6 +102,74 @@ class FluxTokenCacheAttnProcessor(TokenCacheAttnProcessor):
         return seen
 
 
+class FluxTokenMergeAttnProcessor(TokenMergeAttnProcessor):
+    """Computes attention of all text tokens and merged image tokens, each at its destination's rotary position.
+
+    The wrapped processor takes one table of positions, so pictures of a batch, which merge differently, go one by one.
+    """
+
+    default_inner = transformer_flux.FluxAttnProcessor
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+        ip_hidden_states: Any = None,
+        ip_adapter_masks: Any = None,
+    ) -> Any:
+        extra = self.wanted(ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        site, double = self.merging, encoder_hidden_states is not None
+        if site is None or not site.count or not site.config.merge_attention:
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **extra)
+        text = encoder_hidden_states.shape[1] if encoder_hidden_states is not None else 0
+        start = 0 if double else site.text  # of the image in hidden_states
+        site.see(hidden_states[:, start:])
+        merged, length, keep = site.merge(hidden_states, start), text + hidden_states.shape[1], site.config.keep_queries
+        mask = attention_mask[(None,) * (4 - attention_mask.ndim)] if attention_mask is not None else None
+        mask = site.mask(mask, hidden_states, text + start, length, queries=not keep)
+        mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
+        rows = site.places(text + start, length)
+        if keep:
+            if "ip_hidden_states" in extra:
+                raise RuntimeError("keep_queries cannot be combined with an IP-Adapter on FLUX; leave keep_queries off.")
+            norms = rotating_norms(attn, image_rotary_emb, rows, text) if image_rotary_emb is not None else {}
+            output = self.inner(MergedKeys(attn, merged, norms), hidden_states, encoder_hidden_states, mask, None)
+        elif image_rotary_emb is None or len(rows) == 1:
+            rotary = tuple(table[rows[0]] for table in image_rotary_emb) if image_rotary_emb is not None else None
+            output = self.inner(attn, merged, encoder_hidden_states, mask, rotary, **extra)
+        else:
+            output = self._one_by_one(attn, merged, encoder_hidden_states, mask, image_rotary_emb, rows, extra)
+        if isinstance(attn, Listening):
+            attn.change(
+                lambda tokens: site.unmerge(tokens, start), ("to_k", "to_v") if keep else ("to_q", "to_k", "to_v", "to_qkv")
+            )
+        if keep:
+            return output
+        if double:
+            return tuple(part if i == 1 else site.unmerge(part) for i, part in enumerate(output))
+        return site.unmerge(output, start)
+
+    def _one_by_one(
+        self, attn: Any, merged: torch.Tensor, text: Any, mask: Any, rotary: Rotary, rows: torch.Tensor, extra: dict[str, Any]
+    ) -> Any:
+        outputs, sources = [], []
+        for b, own in enumerate(rows):
+            mine = slice(b, b + 1)
+            sources.append(Listening(attn.attn) if isinstance(attn, Listening) else attn)
+            adapters = [states[mine] for states in extra.get("ip_hidden_states", ())]
+            given = merged[mine], None if text is None else text[mine], None if mask is None else mask[mine]
+            own_extra = {**extra, "ip_hidden_states": adapters} if adapters else extra
+            outputs.append(self.inner(sources[-1], *given, (rotary[0][own], rotary[1][own]), **own_extra))
+        if isinstance(attn, Listening):
+            attn.heard = {name: torch.cat([source.heard[name] for source in sources]) for name in sources[0].heard}
+        if text is None:
+            return torch.cat(outputs)
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+
 class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
     """The double block with the feed-forward of both streams, and the norms before it, computed token by token."""
 
@@ -103,26 +178,28 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):  # type: igno
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         temb: torch.Tensor,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        sites: tuple[Site, Site] | None = self.__dict__.get("_dit_accel_sites")
-        if sites is None or sites[0].mode is Mode.PLAIN:
+        attached = blocks.attached(self, hidden_states)
+        if attached is None:
             # Not super(): a wrapper put around this method may outlive the class on this instance.
             base = transformer_flux.FluxTransformerBlock.forward
             return base(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
+        (image_site, text_site), merging = attached
         # On a partial step the processor returns the remembered attention of all tokens, whatever it is given; the gates,
         # shifts and scales belong to the timestep, not to a token.
-        given = slice(1) if sites[0].mode is Mode.PARTIAL else slice(None)
+        given = slice(1) if image_site.mode is Mode.PARTIAL else slice(None)
         image, *image_modulation = self.norm1(hidden_states[:, given], emb=temb)
         text, *text_modulation = self.norm1_context(encoder_hidden_states[:, given], emb=temb)
         attention = self.attn(
             hidden_states=image, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
         )
-        hidden = self._rest(sites[0], hidden_states, attention[0], image_modulation, self.norm2, self.ff)
+        feed = functools.partial(merging.mlp, self.ff)
+        hidden = self._rest(image_site, hidden_states, attention[0], image_modulation, self.norm2, feed)
         if len(attention) == 3:  # of an IP-Adapter
             hidden = hidden + attention[2]
-        text = self._rest(sites[1], encoder_hidden_states, attention[1], text_modulation, self.norm2_context, self.ff_context)
+        text = self._rest(text_site, encoder_hidden_states, attention[1], text_modulation, self.norm2_context, self.ff_context)
         return text.clip(-65504, 65504) if text.dtype == torch.float16 else text, hidden
 
     @staticmethod
@@ -141,30 +218,33 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         temb: torch.Tensor,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        sites: tuple[Site] | None = self.__dict__.get("_dit_accel_sites")
-        if sites is None or sites[0].mode is Mode.PLAIN:
+        attached = blocks.attached(self, hidden_states)
+        if attached is None:
             base = transformer_flux.FluxSingleTransformerBlock.forward
             return base(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
+        (site,), merging = attached
         text_length = encoder_hidden_states.shape[1]
         hidden = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         gate: torch.Tensor | None = None
 
+        def rest(normed: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.proj_out(torch.cat([attention, self.act_mlp(self.proj_mlp(normed))], dim=2))
+            return output
+
         def compute(tokens: torch.Tensor, take: Take) -> torch.Tensor:
             nonlocal gate
             normed, gate = self.norm(tokens, emb=temb)
-            mlp = self.act_mlp(self.proj_mlp(normed))
             attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-            output: torch.Tensor = self.proj_out(torch.cat([take(attention), mlp], dim=2))
-            return output
+            return merging.mlp(rest, normed, take(attention), start=text_length)
 
-        output = sites[0](hidden, compute)
+        output = site(hidden, compute)
         if gate is None:  # nothing was computed; the gate belongs to the timestep, not to a token
             gate = self.norm(hidden[:, :1], emb=temb)[1]
         assert gate is not None
-        hidden = blocks.add_gated(sites[0], hidden, gate[:, None], output)
+        hidden = blocks.add_gated(site, hidden, gate[:, None], output)
         if hidden.dtype == torch.float16:
             hidden = hidden.clip(-65504, 65504)
         return hidden[:, :text_length], hidden[:, text_length:]
@@ -181,30 +261,35 @@ def grid(given: dict[str, Any]) -> tuple[int, int]:
     return (height, width) if height * width == len(picture) else (1, len(ids))
 
 
-def attach(transformer: FluxTransformer2DModel, run: Run, processors_only: bool) -> dict[str, FluxTokenCacheAttnProcessor]:
+BLOCKS = {
+    "transformer_blocks": (FluxTransformerBlock, ("image", "text")),
+    "single_transformer_blocks": (FluxSingleTransformerBlock, ("joint",)),
+}
+
+
+def attach(transformer: FluxTransformer2DModel, run: Run, processors_only: bool) -> dict[str, Any]:
+    if run.merge is not None and run.merge.merge_cross_attention:
+        raise ValueError("FLUX has no cross-attention; leave merge_cross_attention off.")
     processors = {}
-    no_sites: tuple[Site, ...] = ()
-    for layer, block in enumerate(transformer.transformer_blocks):
-        name = f"transformer_blocks.{layer}"
-        attention, scored = run.add(layer, "attention"), no_sites
-        if not processors_only:
-            scored = run.add(layer, "image"), run.add(layer, "text")
-            blocks.attach(block, FluxTransformerBlock, scored, name)
-        processor = processors[f"{name}.attn.processor"] = FluxTokenCacheAttnProcessor(block.attn.processor, attention, scored)
-        run.attached.append((block.attn, processor, (attention, *scored)))
-    for layer, block in enumerate(transformer.single_transformer_blocks):
-        name = f"single_transformer_blocks.{layer}"
-        attention, scored = run.add(layer, "attention"), no_sites
-        if not processors_only:
-            scored = (run.add(layer, "joint"),)
-            blocks.attach(block, FluxSingleTransformerBlock, scored, name)
-        processor = processors[f"{name}.attn.processor"] = FluxTokenCacheAttnProcessor(block.attn.processor, attention, scored)
-        run.attached.append((block.attn, processor, (attention, *scored)))
+    for name, (kind, streams) in BLOCKS.items():
+        for layer, block in enumerate(getattr(transformer, name)):
+            attention, merging = run.add(layer, "attention"), run.add_merging()
+            scored: tuple[Site, ...] = ()
+            if not processors_only:
+                scored = tuple(run.add(layer, stream) for stream in streams)
+                blocks.attach(block, kind, scored, merging, f"{name}.{layer}")
+            processor = block.attn.processor
+            if run.merge is not None:
+                processor = FluxTokenMergeAttnProcessor(processor, merging)
+            if run.caches:
+                processor = FluxTokenCacheAttnProcessor(processor, attention, scored)
+            processors[f"{name}.{layer}.attn.processor"] = processor
+            run.attached.append((block.attn, processor, (attention, *scored, merging)))
     return processors
 
 
 def detach(transformer: FluxTransformer2DModel) -> None:
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        if isinstance(block.attn.processor, FluxTokenCacheAttnProcessor):
-            block.attn.set_processor(block.attn.processor.inner)
+    for block in (block for name in BLOCKS for block in getattr(transformer, name)):
+        if (inner := unwrapped(block.attn.processor)) is not block.attn.processor:
+            block.attn.set_processor(inner)
         blocks.detach(block)

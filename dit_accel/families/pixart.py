@@ -11,7 +11,17 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from dit_accel import selection
 from dit_accel.families import blocks
-from dit_accel.families.attention import Listening, TokenCacheAttnProcessor, key_and_value_observations
+from dit_accel.families.attention import (
+    MERGED,
+    MERGED_KEYS,
+    MERGED_QUERIES,
+    Listening,
+    MergedKeys,
+    TokenCacheAttnProcessor,
+    TokenMergeAttnProcessor,
+    key_and_value_observations,
+    unwrapped,
+)
 from dit_accel.importance import attention_entropy, attention_received, query_stride, sample
 from dit_accel.schedule import Mode
 from dit_accel.site import Site, Take
@@ -75,6 +85,34 @@ class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
         return seen
 
 
+class PixArtTokenMergeAttnProcessor(TokenMergeAttnProcessor):
+    """Computes self-attention of merged tokens, or cross-attention of merged queries; positions are in the tokens already."""
+
+    default_inner = AttnProcessor2_0
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> Any:
+        site, crossing = self.merging, encoder_hidden_states is not None
+        asked = site is not None and (site.config.merge_cross_attention if crossing else site.config.merge_attention)
+        if site is None or not site.count or not asked:
+            return self.inner(attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+        site.see(hidden_states)
+        merged, keep = site.merge(hidden_states), site.config.keep_queries and not crossing
+        mask = site.mask(attention_mask, hidden_states, 0, hidden_states.shape[1], queries=not keep, keys=not crossing)
+        if keep:
+            output = self.inner(MergedKeys(attn, merged, {}), hidden_states, encoder_hidden_states=merged, attention_mask=mask)
+        else:
+            output = self.inner(attn, merged, encoder_hidden_states=encoder_hidden_states, attention_mask=mask)
+        if isinstance(attn, Listening):
+            attn.change(site.unmerge, MERGED_KEYS if keep else MERGED_QUERIES if crossing else MERGED)
+        return output if keep else site.unmerge(output)
+
+
 class BasicTransformerBlock(diffusers_attention.BasicTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
     """The block with its feed-forward, and the norm before it, computed token by token; attention's processors do the rest."""
 
@@ -89,12 +127,12 @@ class BasicTransformerBlock(diffusers_attention.BasicTransformerBlock):  # type:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        sites: tuple[Site] | None = self.__dict__.get("_dit_accel_sites")
-        if sites is None or sites[0].mode is Mode.PLAIN:
+        attached = blocks.attached(self, hidden_states)
+        if attached is None:
             given = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs
             base = diffusers_attention.BasicTransformerBlock.forward  # not super(), see families/flux.py
             return base(self, *given, *args, **kwargs)  # type: ignore[no-any-return]
-        (site,), extra = sites, cross_attention_kwargs or {}
+        ((site,), merging), extra = attached, cross_attention_kwargs or {}
         hidden = hidden_states.contiguous()  # the patch embedding leaves it transposed, which slows every step after it
         assert timestep is not None
         modulation = self.scale_shift_table[None] + timestep.reshape(len(hidden), 6, -1)
@@ -105,7 +143,7 @@ class BasicTransformerBlock(diffusers_attention.BasicTransformerBlock):  # type:
         hidden = hidden + self.attn2(
             hidden, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **extra
         )
-        features = site(hidden, lambda tokens, take: self.ff(self.norm2(tokens) * (1 + ff_scale) + ff_shift))
+        features = site(hidden, lambda tokens, take: merging.mlp(self.ff, self.norm2(tokens) * (1 + ff_scale) + ff_shift))
         return blocks.add_gated(site, hidden, ff_gate, features)
 
 
@@ -115,25 +153,30 @@ def grid(given: dict[str, Any]) -> tuple[int, int]:
     return given["hidden_states"].shape[-2] // patch, given["hidden_states"].shape[-1] // patch
 
 
-def attach(transformer: PixArtTransformer2DModel, run: Run, processors_only: bool) -> dict[str, PixArtTokenCacheAttnProcessor]:
+def attach(transformer: PixArtTransformer2DModel, run: Run, processors_only: bool) -> dict[str, Any]:
     processors = {}
     for layer, block in enumerate(transformer.transformer_blocks):
         name = f"transformer_blocks.{layer}"
-        attention, cross = run.add(layer, "attention"), run.add(layer, "cross-attention")
+        attention, cross, merging = run.add(layer, "attention"), run.add(layer, "cross-attention"), run.add_merging()
         rest: tuple[Site, ...] = ()
         if not processors_only:
             rest = (run.add(layer, "feed-forward"),)
-            blocks.attach(block, BasicTransformerBlock, rest, name)
-        for attn, part, sites in ((block.attn1, "attn1", (attention, *rest)), (block.attn2, "attn2", (cross,))):
-            processor = PixArtTokenCacheAttnProcessor(attn.processor, sites[0], (cross, *rest))
+            blocks.attach(block, BasicTransformerBlock, rest, merging, name)
+        for part, site in (("attn1", attention), ("attn2", cross)):
+            attn = getattr(block, part)
+            processor = attn.processor
+            if run.merge is not None and (site is attention or run.merge.merge_cross_attention):
+                processor = PixArtTokenMergeAttnProcessor(processor, merging)
+            if run.caches:
+                processor = PixArtTokenCacheAttnProcessor(processor, site, (cross, *rest))
             processors[f"{name}.{part}.processor"] = processor
-            run.attached.append((attn, processor, sites))
+            run.attached.append((attn, processor, (attention, *rest, merging) if site is attention else (cross,)))
     return processors
 
 
 def detach(transformer: PixArtTransformer2DModel) -> None:
     for block in transformer.transformer_blocks:
         for attn in (block.attn1, block.attn2):
-            if isinstance(attn.processor, PixArtTokenCacheAttnProcessor):
-                attn.set_processor(attn.processor.inner)
+            if (inner := unwrapped(attn.processor)) is not attn.processor:
+                attn.set_processor(inner)
         blocks.detach(block)
