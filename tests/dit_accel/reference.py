@@ -8,6 +8,8 @@ import math
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
+from dit_accel import TokenMergeConfig
+
 
 class Cache:
     """Caches, ages and counters of a batch of pictures."""
@@ -112,6 +114,94 @@ class Cache:
         return (1.9 - 1.8 * self.step / self.steps) * (1.6 - 1.2 * layer / 27) * (0.6 if stream == "cross-attention" else 1.6)
 
 
+class Merge:
+    """Token merging without any merged token: a group is a set of copies of its mean, all at one place, that share one vote."""
+
+    def __init__(self, config, grid, halves=False) -> None:
+        self.config, self.grid, self.halves = config, grid, halves
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.made = {}  # by group of layers: the step, and for every picture the place that each token goes to
+
+    def begin(self, cache, layer, tokens):
+        """tokens [B, N, C] entering this layer."""
+        every = self.config.rematch_every
+        steps, layers = (every, every) if isinstance(every, int) else every
+        self.active = cache.full and cache.step >= self.config.warmup_steps
+        if not self.active:
+            return
+        group = layer // layers
+        if group not in self.made or cache.step - self.made[group][0] >= steps:
+            self.made[group] = cache.step, self.match(tokens)
+        self.heads = self.made[group][1]
+
+    def match(self, tokens):
+        (height, width), (right, down) = self.grid, self.config.stride
+        noise = torch.rand((height // down) * (width // right), generator=self.generator) if self.config.randomize else None
+        into = []
+        for r in range(height // down):
+            for c in range(width // right):
+                n = int(noise[len(into)] * down * right) if noise is not None else 0
+                into.append((r * down + n // right) * width + c * right + n % right)
+        count, heads = int(height * width * self.config.ratio), []
+        pictures = tokens[:, : height * width]
+        for b in range(len(pictures)):
+            twins = [b % (len(pictures) // 2), b % (len(pictures) // 2) + len(pictures) // 2] if self.halves else [b]
+            best = {}
+            for i in range(height * width):
+                if i not in into:
+                    alike = lambda j, i=i: sum(cosine(pictures[t][i], pictures[t][j]) for t in twins)
+                    best[i] = max((alike(j), j) for j in into)
+            away = sorted(best, key=lambda i: -best[i][0])[:count]
+            heads.append([best[i][1] if i in away else i for i in range(tokens.shape[1])])
+        return torch.tensor(heads)
+
+    def mixed(self, x, start=0):
+        """Every token of x [B, S, C] replaced by the mean of its group; the image begins at `start`."""
+        if not self.active:
+            return x
+        out = x.clone()
+        for b, heads in enumerate(self.heads):
+            for i, head in enumerate(heads):
+                out[b, start + i] = x[b, start:][heads == head].mean(dim=0)
+        return out
+
+    def queries(self, x, start=0):
+        return x if self.config.keep_queries or not self.config.merge_attention else self.mixed(x, start)
+
+    def keys(self, x, start=0):
+        return self.mixed(x, start) if self.config.merge_attention else x
+
+    def attend(self, query, key, value, rope=None, start=0):
+        """[B, S, H, D] each, of queries(x) and keys(x) -> [B, S, H D]."""
+        outputs = []
+        for b in range(len(query)):
+            own = torch.arange(query.shape[1])
+            head, votes = own.clone(), torch.zeros(query.shape[1])
+            if self.active and self.config.merge_attention:
+                head[start:] = self.heads[b] + start
+                if not self.config.proportional_attention:
+                    votes = -torch.log((head[:, None] == head[None]).sum(1))
+            q, k, v = query[b : b + 1], key[b : b + 1], value[b : b + 1]
+            if rope is not None:
+                place = own if self.config.keep_queries else head
+                q = apply_rotary_emb(q, (rope[0][place], rope[1][place]), sequence_dim=1)
+                k = apply_rotary_emb(k, (rope[0][head], rope[1][head]), sequence_dim=1)
+            logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]) + votes
+            outputs.append(torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v).flatten(2))
+        return torch.cat(outputs)
+
+    def mlp(self, x, start=0):
+        return self.mixed(x, start) if self.config.merge_mlp else x
+
+
+class MergeNothing(Merge):
+    def __init__(self) -> None:
+        self.active, self.config = False, TokenMergeConfig(ratio=0)
+
+    def begin(self, cache, layer, tokens):
+        pass
+
+
 def taylor(history, step, order):
     """Expansion around the last of (step, features), derivatives by backward differences, computed anew."""
 
@@ -202,10 +292,11 @@ def norms(heads):
     return heads.pow(2).sum(-1).sqrt().mean(-1)
 
 
-def flux_forward(model, cache: Cache, hidden, text, pooled, timestep, img_ids, txt_ids):
+def flux_forward(model, cache: Cache, hidden, text, pooled, timestep, img_ids, txt_ids, merge=None):
     """hidden [B, N, C], text [B, T, C], as FluxTransformer2DModel.forward."""
-    n, t = hidden.shape[1], text.shape[1]
-    cache.begin([n, t] * len(model.transformer_blocks) + [n + t] * len(model.single_transformer_blocks))
+    n, t, merge = hidden.shape[1], text.shape[1], merge or MergeNothing()
+    double = len(model.transformer_blocks)
+    cache.begin([n, t] * double + [n + t] * len(model.single_transformer_blocks))
     hidden, text = model.x_embedder(hidden), model.context_embedder(text)
     temb = model.time_text_embed(timestep * 1000, pooled)
     rope = model.pos_embed(torch.cat([txt_ids, img_ids]))
@@ -217,42 +308,48 @@ def flux_forward(model, cache: Cache, hidden, text, pooled, timestep, img_ids, t
 
     for i, block in enumerate(model.transformer_blocks):
         a = block.attn
+        merge.begin(cache, i, hidden)
         x, gate, shift, scale, gate_mlp = block.norm1(hidden, emb=temb)
         y, c_gate, c_shift, c_scale, c_gate_mlp = block.norm1_context(text, emb=temb)
-        image_out, text_out = cache.whole((i, "attention"), lambda: a(x, y, image_rotary_emb=rope))
+        raw = torch.cat([split(a.add_k_proj(y)), split(a.to_k(merge.keys(x)))], 1)
+        query = torch.cat([a.norm_added_q(split(a.add_q_proj(y))), a.norm_q(split(a.to_q(merge.queries(x))))], 1)
+        key = torch.cat([a.norm_added_k(raw[:, :t]), a.norm_k(raw[:, t:])], 1)
+        value = torch.cat([split(a.add_v_proj(y)), split(a.to_v(merge.keys(x)))], 1)
+
+        def joint_attention(a=a, query=query, key=key, value=value):
+            out = merge.attend(query, key, value, rope, t)
+            return a.to_out[0](out[:, t:]), a.to_add_out(out[:, :t])
+
+        image_out, text_out = cache.whole((i, "attention"), joint_attention)
         if cache.full:
-            key = torch.cat([split(a.add_k_proj(y)), split(a.to_k(x))], 1)
-            seen = observe(
-                torch.cat([a.norm_added_q(split(a.add_q_proj(y))), a.norm_q(split(a.to_q(x)))], 1),
-                torch.cat([a.norm_added_k(key[:, :t]), a.norm_k(key[:, t:])], 1),
-                torch.cat([split(a.add_v_proj(y)), split(a.to_v(x))], 1),
-                key,
-            )
+            seen = observe(query, key, value, raw)
             cache.seen[(i, "image"), "seen"] = lists(**{name: value[:, t:] for name, value in seen.items()})
             cache.seen[(i, "text"), "seen"] = lists(**{name: value[:, :t] for name, value in seen.items()})
         hidden = hidden + gate[:, None] * image_out
         inputs = block.norm2(hidden) * (1 + scale[:, None]) + shift[:, None]
-        hidden = hidden + gate_mlp[:, None] * cache.tokenwise((i, "image"), block.ff(inputs), hidden, "image", i)
+        every = block.ff(merge.mlp(inputs))
+        hidden = hidden + gate_mlp[:, None] * cache.tokenwise((i, "image"), every, hidden, "image", i)
         text = text + c_gate[:, None] * text_out
         inputs = block.norm2_context(text) * (1 + c_scale[:, None]) + c_shift[:, None]
         text = text + c_gate_mlp[:, None] * cache.tokenwise((i, "text"), block.ff_context(inputs), text, "text", i)
     joint = torch.cat([text, hidden], 1)
     for i, block in enumerate(model.single_transformer_blocks):
         a = block.attn
+        merge.begin(cache, double + i, joint[:, t:])
         x, gate = block.norm(joint, emb=temb)
-        attention = cache.whole((i, "single"), lambda: a(x, image_rotary_emb=rope))
+        query, raw = a.norm_q(split(a.to_q(merge.queries(x, t)))), split(a.to_k(merge.keys(x, t)))
+        key, value = a.norm_k(raw), split(a.to_v(merge.keys(x, t)))
+        attention = cache.whole((i, "single"), lambda: merge.attend(query, key, value, rope, t))
         if cache.full:
-            key = split(a.to_k(x))
-            seen = observe(a.norm_q(split(a.to_q(x))), a.norm_k(key), split(a.to_v(x)), key)
-            cache.seen[(i, "joint"), "seen"] = lists(**seen)
-        out = block.proj_out(torch.cat([attention, block.act_mlp(block.proj_mlp(x))], 2))
-        joint = joint + gate[:, None] * cache.tokenwise((i, "joint"), out, joint, "joint", i, text=t)
+            cache.seen[(i, "joint"), "seen"] = lists(**observe(query, key, value, raw))
+        both = torch.cat([merge.mlp(attention, t), block.act_mlp(block.proj_mlp(merge.mlp(x, t)))], 2)
+        joint = joint + gate[:, None] * cache.tokenwise((i, "joint"), block.proj_out(both), joint, "joint", i, text=t)
     return model.proj_out(model.norm_out(joint[:, t:], temb))
 
 
-def pixart_forward(model, cache: Cache, latents, text, mask, timestep):
+def pixart_forward(model, cache: Cache, latents, text, mask, timestep, merge=None):
     """latents [B, C, H, W], text [B, T, C], mask [B, T], as PixArtTransformer2DModel.forward."""
-    p = model.config.patch_size
+    p, merge = model.config.patch_size, merge or MergeNothing()
     batch, height, width = len(latents), latents.shape[2] // p, latents.shape[3] // p
     cache.begin([height * width] * 2 * len(model.transformer_blocks))
     bias = (1 - mask.to(latents.dtype))[:, None] * -10000.0
@@ -262,20 +359,24 @@ def pixart_forward(model, cache: Cache, latents, text, mask, timestep):
     split = lambda x: x.unflatten(-1, (model.config.num_attention_heads, -1))
     for i, block in enumerate(model.transformer_blocks):
         s1, c1, g1, s2, c2, g2 = (block.scale_shift_table[None] + emb.reshape(batch, 6, -1)).chunk(6, dim=1)
+        merge.begin(cache, i, x)
         a, normed = block.attn1, block.norm1(x) * (1 + c1) + s1
-        x = x + g1 * cache.whole((i, "self"), lambda: block.attn1(normed))
+        query, key, value = (
+            split(p(x)) for p, x in ((a.to_q, merge.queries(normed)), (a.to_k, merge.keys(normed)), (a.to_v, merge.keys(normed)))
+        )
+        x = x + g1 * cache.whole((i, "self"), lambda: a.to_out[0](merge.attend(query, key, value)))
+        asking = merge.mixed(x) if merge.config.merge_cross_attention else x
         if cache.full:
-            key, value = split(a.to_k(normed)), split(a.to_v(normed))
-            received = softmax_map(split(a.to_q(normed)), key).mean(dim=(1, 2))
-            logits = torch.einsum("bqhd,bkhd->bhqk", split(block.attn2.to_q(x)), split(block.attn2.to_k(text)))
+            received = softmax_map(query, key).mean(dim=(1, 2))
+            logits = torch.einsum("bqhd,bkhd->bhqk", split(block.attn2.to_q(asking)), split(block.attn2.to_k(text)))
             maps = (logits / math.sqrt(key.shape[-1]) + bias[:, None]).double().softmax(-1)
             entropy = -(maps * maps.clamp(min=1e-300).log()).sum(-1).mean(1)
             seen = lists(received=received, k=norms(key), v=norms(value), entropy=entropy)
             cache.seen[(i, "cross"), "seen"] = cache.seen[(i, "ff"), "seen"] = seen
-        cross = block.attn2(x, encoder_hidden_states=text, attention_mask=bias)
+        cross = block.attn2(asking, encoder_hidden_states=text, attention_mask=bias)
         x = x + cache.tokenwise((i, "cross"), cross, x, "cross-attention", i)
         inputs = block.norm2(x) * (1 + c2) + s2
-        x = x + g2 * cache.tokenwise((i, "ff"), block.ff(inputs), x, "feed-forward", i)
+        x = x + g2 * cache.tokenwise((i, "ff"), block.ff(merge.mlp(inputs)), x, "feed-forward", i)
     shift, scale = (model.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
     x = model.proj_out(model.norm_out(x) * (1 + scale) + shift)
     x = x.reshape(batch, height, width, p, p, model.out_channels)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel import TokenCacheConfig
+from dit_accel import TokenCacheConfig, TokenMergeConfig
 from tests.dit_accel import reference
 
 STEPS = 8
@@ -34,19 +34,39 @@ def assert_close(ours, theirs):
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
 
 
-def flux_runs_agree(tiny_flux, config, batch, grid=(6, 4)):
+NO_CACHE = TokenCacheConfig(interval=1)
+MERGES = [
+    dict(ratio=0.5, rematch_every=1),
+    dict(ratio=0.7, rematch_every=(3, 2), stride=(2, 3), warmup_steps=1, seed=3),
+    dict(ratio=0.25, rematch_every=(2, 9), randomize=False, stride=(1, 2)),
+    dict(ratio=0.5, merge_mlp=True),
+    dict(ratio=0.5, merge_mlp=True, merge_attention=False),
+    dict(ratio=0.5, keep_queries=True),
+    dict(ratio=0.6, proportional_attention=True),
+    dict(ratio=0.6, keep_queries=True, proportional_attention=True, merge_mlp=True),
+]
+CACHES = [
+    dict(interval=3, cache_ratio=1.0),
+    dict(interval=3, cache_ratio=0.7, selector="random", age_weight=0.0),
+    dict(interval=3, cache_ratio=0.7, selector="drift", fill="forecast", warmup_steps=2),
+]
+
+
+def flux_runs_agree(tiny_flux, config, batch, grid=(6, 4), merge=None, more_tokens=0):
     model, plain = (tiny_flux().transformer for _ in range(2))
-    dit_accel.apply(model, config)
+    dit_accel.apply(model, [config, merge] if merge and config is not NO_CACHE else merge or config)
+    merging = reference.Merge(merge, grid) if merge else None
     g = torch.Generator().manual_seed(5)
-    x, text, pooled = (torch.randn(batch, *s, generator=g) for s in ((grid[0] * grid[1], 32), (8, 32), (32,)))
+    x, text, pooled = (torch.randn(batch, *s, generator=g) for s in ((grid[0] * grid[1] + more_tokens, 32), (8, 32), (32,)))
     ids = torch.zeros(*grid, 3)
     ids[..., 1], ids[..., 2] = torch.arange(grid[0])[:, None], torch.arange(grid[1])
-    ids, txt_ids = ids.flatten(0, 1), torch.zeros(8, 3)
+    more = torch.stack([torch.ones(more_tokens), torch.zeros(more_tokens), torch.arange(more_tokens)], dim=1)
+    ids, txt_ids = torch.cat([ids.flatten(0, 1), more]), torch.zeros(8, 3)
     cache, ours, theirs = reference.Cache(config, grid, STEPS), x, x
     for step in range(STEPS):
         t = torch.full((batch,), 1 - step / STEPS)
         a = model(ours, text, pooled, t, ids, txt_ids, return_dict=False)[0]
-        b = reference.flux_forward(plain, cache, theirs, text, pooled, t, ids, txt_ids)
+        b = reference.flux_forward(plain, cache, theirs, text, pooled, t, ids, txt_ids, merging)
         ours, theirs = ours - 0.3 * a, theirs - 0.3 * b
         assert_close(a, b)
     assert_close(ours, theirs)
@@ -66,9 +86,10 @@ def test_flux_text_tokens_equal_the_reference(tiny_flux, settings, text_tokens):
     flux_runs_agree(tiny_flux, TokenCacheConfig(**settings, steps=STEPS, text_tokens=text_tokens), batch=2)
 
 
-def pixart_runs_agree(tiny_pixart, config, batch, guidance):
+def pixart_runs_agree(tiny_pixart, config, batch, guidance, merge=None):
     model, plain = (tiny_pixart().transformer for _ in range(2))
-    dit_accel.apply(model, config)
+    dit_accel.apply(model, [config, merge] if merge and config is not NO_CACHE else merge or config)
+    merging = reference.Merge(merge, (6, 4), guidance) if merge else None
     g = torch.Generator().manual_seed(5)
     halves = guidance and config.share_guidance_selection
     x, text = (torch.randn(batch, *s, generator=g) for s in ((8, 12, 8), (8, 32)))
@@ -82,7 +103,7 @@ def pixart_runs_agree(tiny_pixart, config, batch, guidance):
             ours, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
         )[0]  # fmt: skip
-        b = reference.pixart_forward(plain, cache, theirs, text, mask, t)
+        b = reference.pixart_forward(plain, cache, theirs, text, mask, t, merging)
         assert_close(a, b)
         if guidance:  # as the pipelines do: both halves go on from the same latents
             a, b = (torch.cat([3 * y[batch // 2 :] - 2 * y[: batch // 2]] * 2) for y in (a, b))
@@ -104,6 +125,42 @@ def test_pixart_equals_the_reference(tiny_pixart, settings, batch):
 def test_pixart_guidance_equals_the_reference(tiny_pixart, selector, share, batch):
     config = TokenCacheConfig(interval=3, cache_ratio=0.7, selector=selector, share_guidance_selection=share, age_weight=0.02)
     pixart_runs_agree(tiny_pixart, config, batch, guidance=True)
+
+
+@pytest.mark.parametrize("settings", MERGES, ids=name)
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_merging_on_flux_equals_the_reference(tiny_flux, settings, batch):
+    flux_runs_agree(tiny_flux, NO_CACHE, batch, merge=TokenMergeConfig(**settings))
+
+
+@torch.no_grad()
+def test_merging_leaves_a_reference_picture_alone(tiny_flux):
+    flux_runs_agree(tiny_flux, NO_CACHE, 2, merge=TokenMergeConfig(merge_mlp=True), more_tokens=10)
+
+
+@pytest.mark.parametrize("settings", [*MERGES, dict(merge_cross_attention=True)], ids=name)
+@pytest.mark.parametrize("guidance", [True, False])
+@torch.no_grad()
+def test_merging_on_pixart_equals_the_reference(tiny_pixart, settings, guidance):
+    pixart_runs_agree(tiny_pixart, NO_CACHE, 4, guidance, TokenMergeConfig(**settings))
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=name)
+@pytest.mark.parametrize("merge", [MERGES[1], MERGES[3], MERGES[7]], ids=name)
+@torch.no_grad()
+def test_caching_and_merging_together_equal_the_reference(tiny_flux, tiny_pixart, cache, merge):
+    cache, merge = TokenCacheConfig(**cache, steps=STEPS), TokenMergeConfig(**merge)
+    flux_runs_agree(tiny_flux, cache, 2, merge=merge)
+    pixart_runs_agree(tiny_pixart, cache, 4, True, merge)
+
+
+@pytest.mark.parametrize("merge", [MERGES[1], MERGES[5]], ids=name)
+@torch.no_grad()
+def test_attention_received_is_observed_of_merged_tokens(tiny_flux, merge):
+    """On FLUX, whose copies of a merged token differ in position; elsewhere they tie, and either may be computed first."""
+    cache = TokenCacheConfig(interval=3, cache_ratio=0.7, selector="attention", age_weight=0.0)
+    flux_runs_agree(tiny_flux, cache, 2, merge=TokenMergeConfig(**merge))
 
 
 @torch.no_grad()
