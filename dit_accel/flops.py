@@ -71,13 +71,13 @@ class FlopCounter:
 
     def _count(self, model: Any, run: Run, call: Call) -> int:
         inputs = {name: value for name, value in self.inputs[call.branch].items() if name != "joint_attention_kwargs"}
-        for site in run.sites:
-            site.release()
-            site.grid, site.halves = self.grid, self.halves and self.config.share_guidance_selection
         if Matched.BEFORE in call.matched:
             self._bind_merging(run, call, here=(Matched.HERE, Matched.BEFORE))
             self._forward(model, run, Mode.FULL, call.plain, inputs)
         self._bind_merging(run, call, here=(Matched.HERE,))
+        for site in run.sites:
+            site.release()
+            site.grid, site.halves = self.grid, self.halves and self.config.share_guidance_selection
         if call.mode is Mode.PARTIAL:  # fills the memories
             self._forward(model, run, Mode.FULL, call.plain, inputs)
             chosen = [site for site in run.sites if site.tokens]

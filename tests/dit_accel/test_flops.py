@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
-from dit_accel import TokenCacheConfig
+from dit_accel import TokenCacheConfig, TokenMergeConfig
 from dit_accel.schedule import Mode
 
 PIXART = {"use_resolution_binning": False, "clean_caption": False, "guidance_scale": 3.0}
@@ -64,6 +64,40 @@ def test_reported_flops_are_those_executed(tiny_flux, tiny_pixart, family, setti
     assert report.full_flops == full
     assert report.flops_ratio == full / cached
     assert report.to_dict()["flops"] == cached
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rematch_every": (2, 2)},
+        {"ratio": 0.3, "stride": (3, 2), "merge_mlp": True, "warmup_steps": 2},
+        {"keep_queries": True, "proportional_attention": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cached", [False, True], ids=["alone", "with a cache"])
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_reported_flops_of_merging_are_those_executed(tiny_flux, tiny_pixart, family, cached, settings):
+    pipe, call = (tiny_pixart(), PIXART) if family == "pixart" else (tiny_flux(), {})
+    full, config = executed(pipe, **call), TokenMergeConfig(**settings)
+    dit_accel.apply(pipe, [TokenCacheConfig(interval=3, cache_ratio=0.7, selector="attention"), config] if cached else config)
+    merged, report = executed(pipe, **call), dit_accel.report(pipe)
+    assert sum(report.flops) == merged and report.full_flops == full
+
+
+def test_what_merging_costs_and_saves_by_formula(tiny_flux):
+    """One picture of 48 tokens, 24 of which merge, and 8 of text; the matching compares 36 with 12."""
+    pipe = tiny_flux()
+    width, layers = pipe.transformer.inner_dim, len(pipe.transformer.transformer_blocks)
+    layers += len(pipe.transformer.single_transformer_blocks)
+    dit_accel.apply(pipe, TokenMergeConfig(ratio=0.5, rematch_every=(3, 1)))
+    pipe("a red apple", height=64, width=48, num_inference_steps=6, max_sequence_length=8, output_type="latent")
+    report = dit_accel.report(pipe)
+    matching = layers * 2 * 36 * 12 * width
+    projections = (4 * len(pipe.transformer.transformer_blocks) + 3 * len(pipe.transformer.single_transformer_blocks)) * width**2
+    saved = 2 * 24 * projections + layers * 4 * (56**2 - 32**2) * width
+    plain = report.full_flops // 6
+    assert report.flops == tuple(plain - saved + matching * (step in (0, 3)) for step in range(6))
 
 
 @pytest.mark.parametrize("family", ["flux", "pixart"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 
 import pytest
@@ -25,9 +26,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
 import dit_accel
-from dit_accel import TokenCacheConfig
+from dit_accel import TokenCacheConfig, TokenMergeConfig
 
 CACHED = TokenCacheConfig(interval=3, cache_ratio=0.8, selector="attention", age_weight=0.1)
+RANDOM = TokenCacheConfig(interval=3, cache_ratio=0.8)
+MERGED = TokenMergeConfig(ratio=0.5, merge_mlp=True)
+KEYS = TokenMergeConfig(ratio=0.5, keep_queries=True)
 PICTURE = Image.effect_noise((64, 64), 60).convert("RGB")
 MASK = Image.new("L", (64, 64), 255)
 PIXART = {"use_resolution_binning": False, "clean_caption": False}
@@ -43,16 +47,19 @@ def modes(pipe, branch=0):
 
 
 def check(pipe, expected=None, config=CACHED, **call):
-    """Caches on schedule, changes the picture but little, repeats it to the bit, and leaves nothing behind."""
-    plain = run(pipe, **call)
-    dit_accel.apply(pipe, config)
-    cached = run(pipe, **call)
-    assert modes(pipe) == (expected or ["full", "partial", "partial", "full", "partial", "partial", "full"])
-    assert not torch.equal(cached, plain)
-    assert torch.equal(run(pipe, **call), cached)
+    """Caches on schedule, merges, changes the picture but little, repeats it to the bit, and leaves nothing behind."""
+    plain, made = run(pipe, **call), []
+    expected = expected or ["full", "partial", "partial", "full", "partial", "partial", "full"]
+    for what in (config, MERGED, [config, MERGED]):
+        dit_accel.apply(pipe, what)
+        made.append(run(pipe, **call))
+        assert modes(pipe) == (["full"] * len(expected) if what is MERGED else expected)
+        assert all(not torch.equal(made[-1], other) for other in (plain, *made[:-1])) and made[-1].isfinite().all()
+        assert torch.equal(run(pipe, **call), made[-1])
+    assert dit_accel.report(pipe).tokens_merged == math.prod(dit_accel.report(pipe).grid) // 2
     dit_accel.remove(pipe)
     assert torch.equal(run(pipe, **call), plain)
-    return cached
+    return made[0]
 
 
 def settings(transformer):
@@ -171,18 +178,19 @@ def test_two_pipelines_share_a_transformer(tiny_flux):
 LORA = LoraConfig(r=2, target_modules=["to_k", "to_out.0", "net.0.proj", "net.2", "proj_mlp", "proj_out"], init_lora_weights=False)
 
 
+@pytest.mark.parametrize("config", [CACHED, MERGED, [CACHED, KEYS]], ids=["cached", "merged", "both"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_lora(tiny_flux, when):
+def test_lora(tiny_flux, when, config):
     """Loaded, switched off and on, fused, unfused and deleted, before or after apply."""
     pipe = tiny_flux()
-    model, bare = pipe.transformer, run(dit_accel.apply(pipe, CACHED))
+    model, bare = pipe.transformer, run(dit_accel.apply(pipe, config))
     dit_accel.remove(pipe)
     torch.manual_seed(0)
-    steps = [lambda: model.add_adapter(LORA, "tiny"), lambda: dit_accel.apply(pipe, CACHED)]
+    steps = [lambda: model.add_adapter(LORA, "tiny"), lambda: dit_accel.apply(pipe, config)]
     for step in steps if when == "before" else reversed(steps):
         step()
     adapted = run(pipe)
-    assert modes(pipe).count("partial") == 4 and not torch.allclose(adapted, bare, atol=1e-3)
+    assert modes(pipe).count("partial") == (0 if config is MERGED else 4) and not torch.allclose(adapted, bare, atol=1e-3)
     model.disable_adapters()
     assert torch.equal(run(pipe), bare)
     model.enable_adapters()
@@ -210,8 +218,8 @@ def test_lora_on_pixart(tiny_pixart, when):
 def test_fused_projections(tiny_flux, tiny_pixart):
     """The same tokens are chosen and the same pictures made when fused before apply; PixArt's fusing afterwards is noticed."""
     for pipe, call in ((tiny_flux(), {}), (tiny_pixart(), PIXART)):
-        for selector in ("attention", "k-norm", "v-norm"):
-            config = TokenCacheConfig(interval=3, cache_ratio=0.8, selector=selector)
+        selectors = [TokenCacheConfig(interval=3, cache_ratio=0.8, selector=name) for name in ("attention", "k-norm", "v-norm")]
+        for config in (*selectors, MERGED, KEYS, [RANDOM, MERGED], [RANDOM, KEYS]):
             separate = run(dit_accel.apply(pipe, config), **call)
             dit_accel.remove(pipe)
             pipe.transformer.fuse_qkv_projections()

@@ -9,11 +9,15 @@ import torch
 from diffusers import FirstBlockCacheConfig, FluxPipeline, PixArtSigmaPipeline
 
 import dit_accel
-from dit_accel import TokenCacheConfig
+from dit_accel import TokenCacheConfig, TokenMergeConfig
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 CACHED = TokenCacheConfig(interval=3, cache_ratio=0.8, selector="attention", age_weight=0.1)
 RANDOM = TokenCacheConfig(interval=3, cache_ratio=0.8)
+MERGED = TokenMergeConfig(ratio=0.5, merge_mlp=True, rematch_every=(2, 3))
+KEYS = TokenMergeConfig(ratio=0.75, keep_queries=True, proportional_attention=True)
+CONFIGS = [RANDOM, CACHED, MERGED, KEYS, [RANDOM, MERGED]]
+NAMES = ["random", "attention", "merged", "merged keys", "random and merged"]
 
 
 class Case:
@@ -51,12 +55,22 @@ def case(request, tiny_flux, tiny_pixart) -> Case:
             return Case(pipe, (128, 128), max_sequence_length=16, guidance_scale=3.0, **PIXART)
 
 
-@pytest.mark.parametrize("settings", [{"interval": 1}, {"cache_ratio": 0.0}, {"cache_ratio": 0}], ids=str)
-def test_settings_that_cache_nothing_change_no_bit(case, settings):
+NOTHING = [
+    TokenCacheConfig(interval=1),
+    TokenCacheConfig(cache_ratio=0.0),
+    TokenMergeConfig(ratio=0),
+    TokenMergeConfig(ratio=0.01, merge_mlp=True, merge_cross_attention=False, warmup_steps=99),
+    [TokenCacheConfig(cache_ratio=0), TokenMergeConfig(ratio=0.0, merge_mlp=True, keep_queries=True)],
+]
+
+
+@pytest.mark.parametrize("config", NOTHING, ids=["interval 1", "ratio 0", "merge 0", "merge later", "both 0"])
+def test_settings_that_save_nothing_change_no_bit(case, config):
     plain = case.run()
-    dit_accel.apply(case.pipe, TokenCacheConfig(**settings))
+    dit_accel.apply(case.pipe, config)
     assert torch.equal(case.run(), plain)
-    assert dit_accel.report(case.pipe).partial_steps == 0
+    report = dit_accel.report(case.pipe)
+    assert report.partial_steps == 0 and report.tokens_merged == 0 and report.flops_ratio == 1
 
 
 def test_remove_restores_everything(case):
@@ -70,15 +84,16 @@ def test_remove_restores_everything(case):
     )
     plain, before = case.run(), look()
     dit_accel.apply(case.pipe, RANDOM)
-    dit_accel.apply(case.pipe, CACHED)
-    assert not torch.equal(case.run(), plain)
+    for config in (MERGED, [CACHED, MERGED], CACHED, KEYS):
+        dit_accel.apply(case.pipe, config)
+        assert not torch.equal(case.run(), plain)
     dit_accel.remove(case.pipe)
     assert look() == before
     assert torch.equal(case.run(), plain)
     dit_accel.remove(case.pipe)  # once more does nothing
 
 
-@pytest.mark.parametrize("config", [RANDOM, CACHED], ids=lambda c: c.selector)
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_repeated_and_interrupted_runs_give_the_same_bits(case, config):
     dit_accel.apply(case.pipe, config)
     first = case.run()
@@ -105,7 +120,7 @@ def test_repeated_and_interrupted_runs_give_the_same_bits(case, config):
     assert torch.equal(case.run(), first)
 
 
-@pytest.mark.parametrize("config", [RANDOM, CACHED], ids=lambda c: c.selector)
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_a_picture_does_not_depend_on_its_batch(case, config):
     dit_accel.apply(case.pipe, config)
     prompts, seeds = ["red apple, 3d style", "tiger face", "a flat teapot"], (0, 1, 2)
@@ -130,14 +145,17 @@ def test_caching_in_the_pipeline_follows_the_schedule(case):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", [CACHED, MERGED, [CACHED, MERGED]], ids=["cached", "merged", "both"])
 @pytest.mark.parametrize("named", [True, False], ids=["cache_context", "by text"])
-def test_guidance_branches_do_not_see_each_other(tiny_flux, named):
+def test_guidance_branches_do_not_see_each_other(tiny_flux, named, config):
     g = torch.Generator().manual_seed(0)
     texts, pooled = torch.randn(2, 1, 8, 32, generator=g).unbind(), torch.randn(2, 1, 32, generator=g).unbind()
-    latents, ids = torch.randn(7, 1, 16, 32, generator=g), torch.zeros(16, 3)
+    latents, ids = torch.randn(7, 1, 16, 32, generator=g), torch.zeros(4, 4, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(4)[:, None], torch.arange(4)
+    ids = ids.flatten(0, 1)
 
     def outputs(branches):
-        model = dit_accel.apply(tiny_flux().transformer, CACHED)
+        model = dit_accel.apply(tiny_flux().transformer, config)
         rows = {b: [] for b in branches}
         for step, x in enumerate(latents):
             for b in branches:
@@ -162,24 +180,30 @@ def test_gradients_compute_everything(tiny_flux):
     inputs = (torch.randn(1, 16, 32), torch.randn(1, 8, 32), torch.randn(1, 32), torch.tensor([0.5]))
     ids = dict(img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(8, 3), return_dict=False)
     plain = model(*inputs, **ids)[0]
-    dit_accel.apply(model, RANDOM)
+    dit_accel.apply(model, [RANDOM, TokenMergeConfig()])
     for _ in range(3):
         assert torch.equal(model(*inputs, **ids)[0], plain)
 
 
 def test_features_are_freed_at_the_end_of_a_run(case):
-    dit_accel.apply(case.pipe, RANDOM)
+    dit_accel.apply(case.pipe, [RANDOM, MERGED])
     case.run()
     run = case.pipe.transformer._dit_accel.run
     assert not run.branches and all(not site.memory.terms for site in run.sites)
+    assert all(site.shared.matching is None for site in run.merge_sites)
     assert dit_accel.report(case.pipe).full_steps > 0
 
 
 def test_what_cannot_be_served_is_refused(tiny_flux, tiny_pixart):
     with pytest.raises(TypeError, match="Linear is not supported; supported transformers are Flux"):
         dit_accel.apply(torch.nn.Linear(2, 2), RANDOM)
-    with pytest.raises(TypeError, match="must be a TokenCacheConfig"):
-        dit_accel.apply(tiny_flux(), {"interval": 3})
+    for config in ({"interval": 3}, [], [RANDOM, CACHED], [RANDOM, MERGED, KEYS], None):
+        with pytest.raises(TypeError, match="must be a TokenCacheConfig, a TokenMergeConfig, or a list"):
+            dit_accel.apply(tiny_flux(), config)
+    with pytest.raises(ValueError, match="no cross-attention"):
+        dit_accel.apply(tiny_flux(), TokenMergeConfig(merge_cross_attention=True))
+    with pytest.raises(ValueError, match="use dit_accel.apply"):
+        dit_accel.attn_processors(tiny_flux().transformer, MERGED)
     with pytest.raises(RuntimeError, match=r"call dit_accel\.apply first"):
         dit_accel.report(tiny_flux())
     pipe = tiny_flux()
@@ -190,4 +214,4 @@ def test_what_cannot_be_served_is_refused(tiny_flux, tiny_pixart):
     pipe.transformer.transformer_blocks[1].ff = torch.nn.Sequential(pipe.transformer.transformer_blocks[1].ff)
     with pytest.raises(TypeError, match=r"transformer_blocks\.1\.ff is a Sequential"):
         dit_accel.apply(pipe, RANDOM)
-    assert all("TokenCache" not in type(p).__name__ for p in pipe.transformer.attn_processors.values())
+    assert all("Token" not in type(p).__name__ for p in pipe.transformer.attn_processors.values())
