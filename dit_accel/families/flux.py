@@ -30,6 +30,8 @@ TRANSFORMER = FluxTransformer2DModel
 OBSERVATIONS = frozenset({"keys", "values", "key_norms", "value_norms", "attention", "last_tokens"})
 TIMESTEP_SCALE = 1000  # scheduler timesteps per unit of the transformer's
 BATCHED_GUIDANCE = False  # FLUX pipelines call twice for true guidance
+# Not super(): a wrapper put around our forward may outlive the class on its instance. Not by the class: Dynamo fails at that.
+plain_double, plain_single = transformer_flux.FluxTransformerBlock.forward, transformer_flux.FluxSingleTransformerBlock.forward
 
 
 class FluxTokenCacheAttnProcessor(TokenCacheAttnProcessor):
@@ -183,9 +185,7 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):  # type: igno
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attached = blocks.attached(self, hidden_states)
         if attached is None:
-            # Not super(): a wrapper put around this method may outlive the class on this instance.
-            base = transformer_flux.FluxTransformerBlock.forward
-            return base(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
+            return plain_double(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
         (image_site, text_site), merging = attached
         # On a partial step the processor returns the remembered attention of all tokens, whatever it is given; the gates,
         # shifts and scales belong to the timestep, not to a token.
@@ -223,8 +223,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attached = blocks.attached(self, hidden_states)
         if attached is None:
-            base = transformer_flux.FluxSingleTransformerBlock.forward
-            return base(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
+            return plain_single(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
         (site,), merging = attached
         text_length = encoder_hidden_states.shape[1]
         hidden = torch.cat([encoder_hidden_states, hidden_states], dim=1)

@@ -31,6 +31,7 @@ TRANSFORMER = PixArtTransformer2DModel
 OBSERVATIONS = frozenset(selection.OBSERVATIONS)
 TIMESTEP_SCALE = 1
 BATCHED_GUIDANCE = True
+plain = diffusers_attention.BasicTransformerBlock.forward  # called like this for the reasons given in families/flux.py
 
 
 class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
@@ -130,8 +131,7 @@ class BasicTransformerBlock(diffusers_attention.BasicTransformerBlock):  # type:
         attached = blocks.attached(self, hidden_states)
         if attached is None:
             given = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs
-            base = diffusers_attention.BasicTransformerBlock.forward  # not super(), see families/flux.py
-            return base(self, *given, *args, **kwargs)  # type: ignore[no-any-return]
+            return plain(self, *given, *args, **kwargs)  # type: ignore[no-any-return]
         ((site,), merging), extra = attached, cross_attention_kwargs or {}
         hidden = hidden_states.contiguous()  # the patch embedding leaves it transposed, which slows every step after it
         assert timestep is not None

@@ -8,7 +8,7 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
-from dit_accel import TokenCacheConfig
+from dit_accel import TokenCacheConfig, TokenMergeConfig
 
 PIXART = {"use_resolution_binning": False, "clean_caption": False}
 
@@ -41,6 +41,7 @@ CONFIGS = {
     "drift": (dict(selector="drift"), 2),
     "diverse": (dict(selector="diverse"), 2),
     "no tokens": (dict(cache_ratio=1.0), 2),
+    "nothing cached": (dict(interval=1), 1),
     "forecast": (dict(fill="forecast", forecast_order=1), 4),  # full and partial, without and with a full step before
 }
 
@@ -53,7 +54,7 @@ def test_flux_compiles_into_a_full_and_a_partial_graph(tiny_flux, name):
     assert (graphs, more) == (expected, 0) and error < 1e-5
 
 
-@pytest.mark.parametrize("name", ["random", "attention", "forecast"])
+@pytest.mark.parametrize("name", ["random", "attention", "nothing cached", "forecast"])
 def test_pixart_compiles_into_a_full_and_a_partial_graph(tiny_pixart, name):
     changes, expected = CONFIGS[name]
     config = TokenCacheConfig(**{"interval": 3, "cache_ratio": 0.7, **changes, "ratio_schedule": "constant"})
@@ -77,6 +78,33 @@ def test_repeated_blocks_share_their_graphs(tiny_flux):
     assert graphs <= 6 and more == 0 and error < 1e-5
 
 
+MERGES = {
+    "attention": dict(),
+    "all": dict(merge_mlp=True, rematch_every=(3, 2)),
+    "keys": dict(keep_queries=True, proportional_attention=True),
+}
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+@pytest.mark.parametrize("name", MERGES)
+def test_merging_compiles_into_graphs_that_match_and_that_reuse(tiny_flux, tiny_pixart, family, name):
+    build, call = {"flux": (tiny_flux, {}), "pixart": (lambda: tiny_pixart(layers=2), PIXART)}[family]
+    graphs, more, error = compare(build, call, TokenMergeConfig(**MERGES[name]), "eager")
+    assert (graphs, more) == (2, 0) and error < 1e-5
+
+
+def test_merging_and_caching_compile_together(tiny_flux):
+    config = [TokenCacheConfig(interval=3, cache_ratio=0.7), TokenMergeConfig(rematch_every=(5, 1))]
+    graphs, more, error = compare(lambda: tiny_flux(layers=1, single_layers=1), {}, config, "eager")
+    assert (graphs, more) == (3, 0) and error < 1e-5
+
+
+def test_repeated_blocks_share_their_graphs_of_merging(tiny_flux):
+    config = TokenMergeConfig(rematch_every=(3, 2), merge_mlp=True)
+    graphs, more, error = compare(lambda: tiny_flux(layers=3, single_layers=4), {}, config, "eager", regional=True)
+    assert graphs <= 8 and more == 0 and error < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "pixart"])
 @pytest.mark.parametrize("selector", ["random", "attention"])
@@ -84,4 +112,13 @@ def test_inductor_gives_the_same_picture(tiny_flux, tiny_pixart, family, selecto
     config = TokenCacheConfig(interval=3, cache_ratio=0.7, selector=selector)
     build, call = {"flux": (tiny_flux, {}), "pixart": (tiny_pixart, PIXART)}[family]
     graphs, more, error = compare(build, call, config, "inductor")
+    assert (graphs, more) == (2, 0) and error < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+@pytest.mark.parametrize("name", MERGES)
+def test_inductor_merges_the_same_picture(tiny_flux, tiny_pixart, family, name):
+    build, call = {"flux": (tiny_flux, {}), "pixart": (tiny_pixart, PIXART)}[family]
+    graphs, more, error = compare(build, call, TokenMergeConfig(**MERGES[name]), "inductor")
     assert (graphs, more) == (2, 0) and error < 1e-4
