@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -115,7 +115,7 @@ def run_of(model: Any) -> Run | None:
     return applied.run if applied is not None else None
 
 
-def apply(model: Model, config: Config | Iterable[Config], *, record: bool = False) -> Model:
+def apply(model: Model, config: Config | Sequence[Config], *, record: bool = False) -> Model:
     """Compute only some tokens from now on. Whatever was applied before is replaced.
 
     Args:
@@ -137,7 +137,7 @@ def apply(model: Model, config: Config | Iterable[Config], *, record: bool = Fal
     return model
 
 
-def attn_processors(transformer: Any, config: Config | Iterable[Config]) -> dict[str, Any]:
+def attn_processors(transformer: Any, config: Config | Sequence[Config]) -> dict[str, Any]:
     """Attention processors that reuse or merge attention alone and leave the rest of every block to be computed in full.
 
     `transformer.set_attn_processor(attn_processors(transformer, config))` puts them in; `remove` takes them out. `apply` saves

@@ -53,7 +53,7 @@ def steps() -> None:
     figure, axes = plt.subplots(1, len(SHOWN), figsize=(11, 4), sharey=True, layout="constrained")
     for axis, (title, config) in zip(axes, SHOWN.items(), strict=True):
         dit_accel.apply(pipe, config, record=True)
-        denoise(pipe, [(PROMPT, 0)], settings, lambda: None, cached=False)
+        denoise(pipe, [(PROMPT, 0)], settings, lambda: None, applied=False)
         axis.imshow(
             computed(dit_accel.report(pipe)), aspect="auto", cmap=ListedColormap(list(KINDS.values())), interpolation="none"
         )

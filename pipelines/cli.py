@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +17,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make pictures with diffusion transformers, faster, by computing only some of the tokens on most denoising steps.",
 )
-
-
-class Method(str, Enum):
-    none = "none"
-    token_cache = "token-cache"
 
 
 def show_version(value: bool) -> None:
@@ -42,6 +36,7 @@ def root(
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(help="What to make; several prompts make several pictures.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="Read more prompts from a file, one a line; # starts a comment.")
@@ -54,8 +49,12 @@ def generate(
         bool, typer.Option("--compare", help="Also make each picture in full, and one of both side by side.")
     ] = False,
     method: Annotated[
-        Method, typer.Option(help="none computes everything; token-cache reuses most tokens.", rich_help_panel=options.CACHE)
-    ] = Method.token_cache,
+        options.Method,
+        typer.Option(
+            help="none computes everything; token-cache reuses most tokens between full steps; token-merge attends to fewer "
+            "tokens on every step; both together merge on the full steps."
+        ),
+    ] = options.Method.token_cache,
     preset: options.Preset = None,
     interval: options.Interval = None,
     cache_ratio: options.CacheRatio = None,
@@ -77,6 +76,14 @@ def generate(
     forecast_order: options.ForecastOrder = None,
     cache_dtype: options.CacheDtype = None,
     cache_device: options.CacheDevice = None,
+    merge_ratio: options.MergeRatio = None,
+    merge_stride: options.MergeStride = None,
+    rematch_every: options.RematchEvery = None,
+    merge_warmup_steps: options.MergeWarmupSteps = None,
+    merge_keys_only: options.MergeKeysOnly = None,
+    merge_mlp: options.MergeMLP = None,
+    merge_cross_attention: options.MergeCrossAttention = None,
+    merge_proportional: options.MergeProportional = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     seed: Annotated[
@@ -105,29 +112,11 @@ def generate(
 
       dit-accel generate "crab" --preset taylorseer --compare
 
+      dit-accel generate "crab" --method token-merge --merge-ratio 0.5 --merge-keys-only --compare
+
       dit-accel generate "a red apple" --pipeline black-forest-labs/FLUX.1-schnell --offload model --method none
     """
-    cache = dict(
-        selector_file=selector_file,
-        preset=preset,
-        interval=interval,
-        cache_ratio=cache_ratio,
-        selector=selector,
-        warmup_steps=warmup_steps,
-        age_weight=age_weight,
-        ratio_schedule=ratio_schedule,
-        spatial_bonus=spatial_bonus,
-        text_tokens=text_tokens,
-        fill=fill,
-        forecast_order=forecast_order,
-        cache_dtype=cache_dtype,
-        cache_device=cache_device,
-    )
-    if method is Method.none:
-        given_anyway = [name for name, value in cache.items() if value is not None] + ["compare"] * compare
-        if given_anyway:
-            option = "--" + given_anyway[0].replace("_", "-")
-            raise typer.BadParameter(f"{option} needs a cache: leave it out, or use --method token-cache.")
+    options.refuse_idle(method, context.params)
     with plain_errors(debug):
         prompts = list(prompts or [])
         if prompts_file:
@@ -144,7 +133,7 @@ def generate(
         from pipelines.loading import load, understand
 
         quiet()
-        config = None if method is Method.none else options.configured(**cache)
+        config = options.configured(method, context.params)
         with usage():
             understand(dtype, device, offload)
         pipe = load(pipeline, dtype, device, offload)
@@ -210,7 +199,7 @@ def inspect(
         quiet()
         if not prompt.strip():
             raise typer.BadParameter("Give a prompt that is not empty.")
-        config = options.configured(
+        config = options.cache_of(
             selector_file,
             preset,
             interval=interval,

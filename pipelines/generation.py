@@ -1,9 +1,9 @@
-"""Make pictures: the same noise for the same seed whatever the batch, timed, alone or beside their uncached twins."""
+"""Make pictures: the same noise for the same seed whatever the batch, timed, alone or beside their twins in full."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import dit_accel
-from dit_accel import TokenCacheConfig
 from pipelines.catalog import find
+from pipelines.methods import Config, parts
 from pipelines.prompts import t5_tokenizer
 
 OnStep = Callable[[], None]
@@ -21,7 +21,7 @@ OnStep = Callable[[], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What one picture depends on besides its prompt and the cache.
+    """What one picture depends on besides its prompt and the method.
 
     The i-th picture of a prompt has its noise from seed + i. `batch_size` pictures are denoised together.
     """
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture. Pictures made together share the time of their batch evenly; `work` sums up what the cache did."""
+    """One picture. Pictures made together share the time of their batch evenly; `work` is the report's summary."""
 
     image: Image.Image
     prompt: str
@@ -154,7 +154,7 @@ class DenoisingClock:
         return float(self.first.elapsed_time(self.last)) / 1000
 
 
-def denoise(pipe: Any, batch: list[tuple[str, int]], settings: Settings, on_step: OnStep, cached: bool) -> list[Picture]:
+def denoise(pipe: Any, batch: list[tuple[str, int]], settings: Settings, on_step: OnStep, applied: bool) -> list[Picture]:
     """The pictures of (prompt, seed) pairs, denoised together."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
@@ -163,7 +163,7 @@ def denoise(pipe: Any, batch: list[tuple[str, int]], settings: Settings, on_step
     with DenoisingClock(pipe) as clock:
         images = pipe([prompt for prompt, _ in batch], generator=generators, **arguments).images
     seconds = time.perf_counter() - start  # the pictures are on the CPU by now, so the device has finished
-    work = dit_accel.report(pipe).to_dict() if cached else None
+    work = dit_accel.report(pipe).to_dict() if applied else None
     if work is not None:
         work.pop("calls", None)
     return [
@@ -179,29 +179,29 @@ def batches(prompts: list[str], settings: Settings) -> Iterator[list[tuple[str, 
 
 
 def generate(
-    pipe: Any, prompts: list[str], config: TokenCacheConfig | None, settings: Settings, on_step: OnStep = lambda: None
+    pipe: Any, prompts: list[str], config: Config | Sequence[Config] | None, settings: Settings, on_step: OnStep = lambda: None
 ) -> Iterator[Picture]:
     """Pictures of the prompts as they are finished, `num_images` each.
 
     Args:
         pipe: a pipeline of `pipelines.loading.load`.
         prompts: what to make.
-        config: how to cache tokens; None computes everything.
+        config: as for `dit_accel.apply`; none at all computes everything.
         settings: see `settings_for`.
         on_step: called after every denoising step of a batch.
     """
     switch(pipe, config)
     try:
         for batch in batches(prompts, settings):
-            yield from denoise(pipe, batch, settings, on_step, config is not None)
+            yield from denoise(pipe, batch, settings, on_step, bool(config))
     finally:
         dit_accel.remove(pipe)
 
 
 def compare(
-    pipe: Any, prompts: list[str], config: TokenCacheConfig, settings: Settings, on_step: OnStep = lambda: None
+    pipe: Any, prompts: list[str], config: Config | Sequence[Config], settings: Settings, on_step: OnStep = lambda: None
 ) -> Iterator[tuple[Picture, Picture]]:
-    """Pairs (in full, with the cache) from the same noise, timed one after the other in this process after a warm-up.
+    """Pairs (in full, faster) from the same noise, timed one after the other in this process after a warm-up.
 
     Arguments as for `generate`; a batch takes twice `steps` denoising steps.
     """
@@ -209,24 +209,24 @@ def compare(
         warm_up(pipe, prompts, config, settings)
         for batch in batches(prompts, settings):
             switch(pipe, None)
-            full = denoise(pipe, batch, settings, on_step, cached=False)
+            full = denoise(pipe, batch, settings, on_step, applied=False)
             switch(pipe, config)
-            yield from zip(full, denoise(pipe, batch, settings, on_step, cached=True), strict=True)
+            yield from zip(full, denoise(pipe, batch, settings, on_step, applied=True), strict=True)
     finally:
         dit_accel.remove(pipe)
 
 
-def switch(pipe: Any, config: TokenCacheConfig | None) -> None:
-    if config is None:
-        dit_accel.remove(pipe)
-    else:
+def switch(pipe: Any, config: Config | Sequence[Config] | None) -> None:
+    if config:
         dit_accel.apply(pipe, config)
+    else:
+        dit_accel.remove(pipe)
 
 
-def warm_up(pipe: Any, prompts: list[str], config: TokenCacheConfig, settings: Settings) -> None:
-    """A short run in full and one with the cache up to its first partial step: neither then pays for first-time work."""
+def warm_up(pipe: Any, prompts: list[str], config: Config | Sequence[Config], settings: Settings) -> None:
+    """A short run in full and one up to the first partial step: neither then pays for first-time work."""
     arguments = call_arguments(pipe, settings, lambda: None)
-    arguments["num_inference_steps"] = min(config.warmup_steps + 1, settings.steps)
+    arguments["num_inference_steps"] = min(max(part.warmup_steps for part in parts(config).values()) + 1, settings.steps)
     batch = next(batches(prompts, settings))
     pipe.set_progress_bar_config(disable=True)
     for kind in (None, config):

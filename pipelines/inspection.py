@@ -129,10 +129,10 @@ def draw(
         with Progress(*columns, console=log, transient=True) as bar:
             task = bar.add_task(f"{name}: denoising", total=(1 + len(configs)) * settings.steps)
             step = partial(bar.advance, task)
-            full = denoise(pipe, [(prompt, settings.seed)], settings, step, cached=False)[0].image
+            full = denoise(pipe, [(prompt, settings.seed)], settings, step, applied=False)[0].image
             for config in configs:
                 dit_accel.apply(pipe, config, record=True)
-                image = denoise(pipe, [(prompt, settings.seed)], settings, step, cached=False)[0].image
+                image = denoise(pipe, [(prompt, settings.seed)], settings, step, applied=False)[0].image
                 seen.append((config.selector, image, places(dit_accel.report(pipe))))
     finally:
         dit_accel.remove(pipe)

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from dit_accel import TokenCacheConfig
 from pipelines.generation import OnStep, Picture, Settings, compare, generate
+from pipelines.methods import Config, describe, parts, settings_of
 from pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
 from pipelines.prompts import cut_text, unknown_words
 
@@ -29,7 +29,7 @@ class Job:
     pipe: Any
     name: str
     prompts: list[str]
-    config: TokenCacheConfig | None
+    config: Config | list[Config] | None
     settings: Settings
     output: Path
     log: Console
@@ -62,46 +62,51 @@ class Job:
         return table
 
     def compare(self, table: Table | None = None) -> Table:
-        """Three files a picture: cached, in full, and both side by side. Adds to a table of an earlier job if there is one."""
-        assert self.config is not None
+        """Three files a picture: faster, in full, and both side by side. Adds to a table of an earlier job if there is one."""
+        assert self.config
         table = table or Table(
             "pipeline",
             "prompt",
             "seconds full",
-            "seconds cached",
+            "seconds cached" if "token-cache" in parts(self.config) else "seconds merged",
             "speed-up",
             "PSNR",
             "picture",
             caption="Seconds are of denoising.",
         )
         with self.progress(runs=2) as on_step:
-            for full, cached in compare(self.pipe, self.prompts, self.config, self.settings, on_step):
-                path, likeness = self.path(cached), psnr(full.image, cached.image)
+            for full, faster in compare(self.pipe, self.prompts, self.config, self.settings, on_step):
+                path, likeness = self.path(faster), psnr(full.image, faster.image)
                 beside = path.with_name(f"{path.stem}-compare.png")
                 save(full.image, path.with_name(f"{path.stem}-full.png"), self.record(full, None))
-                save(cached.image, path, self.record(cached, self.config))
-                speedup = full.denoising_seconds / cached.denoising_seconds
-                config = f"N={self.config.interval} R={self.config.cache_ratio:g} {self.config.selector}"
+                save(faster.image, path, self.record(faster, self.config))
+                speedup = full.denoising_seconds / faster.denoising_seconds
                 page = side_by_side(
-                    f"{cached.prompt} ({self.name}, seed {cached.seed})",
+                    f"{faster.prompt} ({self.name}, seed {faster.seed})",
                     [
                         (full.image, ["in full", f"{full.denoising_seconds:.2f} s denoising"]),
-                        (cached.image, [config, f"{cached.denoising_seconds:.2f} s, {speedup:.2f}x, PSNR {psnr_text(likeness)}"]),
+                        (
+                            faster.image,
+                            [
+                                describe(self.config),
+                                f"{faster.denoising_seconds:.2f} s, {speedup:.2f}x, PSNR {psnr_text(likeness)}",
+                            ],
+                        ),
                     ],
                 )
                 comparison = {
                     "psnr_db": None if math.isinf(likeness) else likeness,
                     "identical": math.isinf(likeness),
                     "speedup_denoising": speedup,
-                    "speedup_whole_call": full.seconds / cached.seconds,
+                    "speedup_whole_call": full.seconds / faster.seconds,
                     "full": {"seconds": full.seconds, "denoising_seconds": full.denoising_seconds},
                 }
-                save(page, beside, self.record(cached, self.config) | {"comparison": comparison})
+                save(page, beside, self.record(faster, self.config) | {"comparison": comparison})
                 table.add_row(
                     escape(self.name),
-                    escape(cached.prompt),
+                    escape(faster.prompt),
                     f"{full.denoising_seconds:.2f}",
-                    f"{cached.denoising_seconds:.2f}",
+                    f"{faster.denoising_seconds:.2f}",
                     f"{speedup:.2f}x",
                     psnr_text(likeness),
                     escape(str(beside)),
@@ -112,7 +117,7 @@ class Job:
         name = stem(picture.prompt, picture.seed)
         return self.output / f"{name if self.overwrite else unused(self.output, name, self.taken)}.png"
 
-    def record(self, picture: Picture, config: TokenCacheConfig | None) -> dict[str, Any]:
+    def record(self, picture: Picture, config: Config | list[Config] | None) -> dict[str, Any]:
         """All that is needed to make the picture again, and what making it took."""
         settings = asdict(self.settings)
         del settings["seed"], settings["num_images"]  # the picture's own seed takes their place
@@ -124,8 +129,7 @@ class Job:
             "pipeline": self.name,
             "pipeline_class": type(self.pipe).__name__,
             **settings,
-            "method": "token-cache" if config else "none",
-            "cache": config.to_dict() if config else None,
+            **settings_of(config),
             "work": picture.work,
             "seconds": picture.seconds,
             "denoising_seconds": picture.denoising_seconds,

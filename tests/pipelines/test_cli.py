@@ -90,6 +90,23 @@ def test_compare(make, tmp_path, flux_path, pixart_path, family):
     assert json.loads((out / "red-apple-seed0-full.json").read_text())["method"] == "none"
 
 
+def test_merging_alone_and_with_a_cache(make, tmp_path, pixart_path):
+    options = ("--merge-ratio", 0.25, "--merge-stride", 2, 1, "--rematch-every", 3, 2, "--merge-keys-only", "--merge-mlp")
+    result = make("red apple", "--compare", "--method", "token-merge", *options)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "out/red-apple-seed0.json").read_text())
+    assert record["method"] == "token-merge" and record["cache"] is None and record["work"]["tokens_merged"] == 12
+    merge = record["merge"]
+    assert (merge["ratio"], merge["stride"], merge["rematch_every"]) == (0.25, [2, 1], [3, 2])
+    assert merge["keep_queries"] and merge["merge_mlp"] and not merge["merge_cross_attention"]
+    assert "merged" in result.stdout and "cached" not in result.stdout
+    more = ("--method", "token-cache+token-merge", "--merge-cross-attention", "--interval", 2)
+    assert make("tiger", *more, pipeline=pixart_path).exit_code == 0
+    record = json.loads((tmp_path / "out/tiger-seed0.json").read_text())
+    assert record["method"] == "token-cache+token-merge" and record["cache"]["interval"] == 2
+    assert record["merge"]["ratio"] == 0.5 and record["work"]["partial_steps"] == 1 and record["work"]["tokens_merged"] == 24
+
+
 def test_compare_of_the_same_work_is_called_identical(make, tmp_path):
     result = make("red apple", "--compare", "--interval", 1)
     assert "identical" in result.stdout
@@ -115,7 +132,11 @@ def test_unknown_words_and_cut_prompts_are_reported(make):
         (("red", "--cache-ratio", 1.5), "cache_ratio is"),
         (("red", "--selector", "best"), "There is no selector 'best'"),
         (("red", "--method", "none", "--selector", "random"), "--selector needs a cache"),
-        (("red", "--method", "none", "--compare"), "--compare needs a cache"),
+        (("red", "--method", "token-merge", "--selector", "random"), "--selector needs a cache"),
+        (("red", "--merge-ratio", 0.5), "--merge-ratio needs merging"),
+        (("red", "--method", "none", "--merge-mlp"), "--merge-mlp needs merging"),
+        (("red", "--method", "token-merge", "--merge-ratio", 0.8), "ratio is the share of image tokens"),
+        (("red", "--method", "none", "--compare"), "--compare needs a method other than none"),
         (("red", "--method", "none", "--preset", "fora"), "--preset needs a cache"),
         (("red", "--preset", "best"), "There is no preset 'best'"),
         (("red", "--fill", "guess"), "fill must be one of reuse, forecast"),
