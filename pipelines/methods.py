@@ -29,7 +29,9 @@ def describe(config: Config | Sequence[Config] | None) -> str:
         if isinstance(part, TokenCacheConfig):
             words.append(f"N={part.interval} R={part.cache_ratio:g} {part.selector}")
         else:
-            words.append(f"merge {part.ratio:g}" + " keys" * part.keep_queries + " + MLP" * part.merge_mlp)
+            extras = {"keys": part.keep_queries, "proportional": part.proportional_attention, "MLP": part.merge_mlp}
+            every = "x".join(map(str, part.rematching))
+            words.append(" ".join([f"merge {part.ratio:g} every {every}", *(word for word, asked in extras.items() if asked)]))
     return ", ".join(words) or "in full"
 
 
