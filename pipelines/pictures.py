@@ -12,18 +12,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 PANEL = 320  # smallest side at which a picture of a side-by-side is shown, in pixels
 MARGIN, FONT = 12, 16
 
+Picture = Image.Image | NDArray[np.uint8]  # an array is [height, width, 3]
 
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of 8 bits, in dB; infinite if they are identical."""
-    difference = np.asarray(a.convert("RGB"), dtype=np.float64) - np.asarray(b.convert("RGB"), dtype=np.float64)
-    error = float(np.mean(difference**2))
+
+def rgb(picture: Picture) -> NDArray[np.uint8]:
+    """[height, width, 3] of a picture of Pillow, or an array that is this already."""
+    array = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+        raise ValueError(f"An array of {array.dtype} {list(array.shape)} is no picture; give uint8 [height, width, 3].")
+    return array
+
+
+def rgb_pair(a: Picture, b: Picture) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Two pictures of one size, each [height, width, 3]."""
+    first, second = rgb(a), rgb(b)
+    if first.shape != second.shape:
+        sizes = " and ".join(f"{width} x {height}" for height, width, _ in (first.shape, second.shape))
+        raise ValueError(f"The pictures have {sizes} pixels; compare pictures of one size.")
+    return first, second
+
+
+def squared_error(a: Picture, b: Picture) -> float:
+    """Mean squared error of two RGB pictures of 8 bits over all pixels and channels, from 0 to 255**2."""
+    first, second = rgb_pair(a, b)
+    return float(np.mean((first.astype(np.float64) - second) ** 2))
+
+
+def decibels(error: float) -> float:
+    """Peak signal-to-noise ratio, 10 log10(255**2 / error), in dB, of a mean squared error; infinite if there is none."""
     return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def psnr(a: Picture, b: Picture) -> float:
+    """Peak signal-to-noise ratio of two RGB pictures of 8 bits, in dB; infinite if they are identical."""
+    return decibels(squared_error(a, b))
 
 
 def psnr_text(value: float) -> str:
