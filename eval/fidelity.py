@@ -56,7 +56,7 @@ def ssim(a: Picture, b: Picture) -> float:
 def similarity(x: Floats, y: Floats) -> float:
     """Mean structural similarity of two channels [height, width] with values from 0 to 255."""
     mean_x, mean_y = windowed(x), windowed(y)
-    variances = windowed(x * x) - mean_x**2 + windowed(y * y) - mean_y**2
+    variances = (windowed(x * x) - mean_x**2) + (windowed(y * y) - mean_y**2)
     covariance = windowed(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)

@@ -71,7 +71,7 @@ def per_prompt(frame: pd.DataFrame, value: str) -> pd.DataFrame:
     lacking = table.isna().sum()
     if lacking.any():
         counts = ", ".join(f"{method!r} {count}" for method, count in lacking.items() if count)
-        warnings.warn(f"Of {len(table)} prompts, so many lack a picture or its {value}: {counts}.", stacklevel=2)
+        warnings.warn(f"Prompts left out, of {len(table)}, because a picture or its {value} is missing: {counts}.", stacklevel=2)
     return table
 
 
