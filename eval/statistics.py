@@ -19,7 +19,7 @@ from scipy.stats import bootstrap, permutation_test
 Floats = NDArray[np.float64]
 
 KEYS = ["method", "prompt", "seed"]
-BATCH = 2**21  # numbers drawn at once, which bounds the memory of a comparison of any size to some 100 MB
+BATCH = 2**21  # numbers drawn at once, which bounds the memory of a comparison of any size to a few hundred MB
 
 
 @dataclass(frozen=True)
