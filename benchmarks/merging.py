@@ -22,7 +22,6 @@ from blocks import TEXT, WIDTHS, Stopwatch, inputs
 from recording import save
 from rich.progress import track
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel import TokenCacheConfig, TokenMergeConfig, merging
@@ -43,20 +42,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PROMPTS = ("red apple, 3d style", "tiger face, flat style", "cactus, cartoon style")
 
 
-def flops_of_blocks(config: TokenMergeConfig | None, tokens: int) -> dict[str, int]:
-    """Of a call that makes no matching, by the block's class, counted without weights."""
-    with torch.device("meta"):
-        model = WIDTHS["flux"]().eval()
-    arguments = inputs("flux", tokens, TEXT["flux"], torch.float32, "cpu")
-    arguments = {name: value if name == "img_ids" else value.to("meta") for name, value in arguments.items()}
-    if config is not None:
-        dit_accel.apply(model, config)
-    for number in (0, 1):
-        with FlopCounterMode(display=False) as counter:
-            model(**arguments, timestep=torch.tensor([1 - number / 100]), return_dict=False)
-    counts = counter.get_flop_counts()
-    named = (("transformer_blocks", "FluxTransformerBlock"), ("single_transformer_blocks", "FluxSingleTransformerBlock"))
-    return {kind: sum(counts[f"FluxTransformer2DModel.{name}.0"].values()) for name, kind in named}
+def arithmetic(tokens: int, config: TokenMergeConfig | None) -> dict[str, int]:
+    """FLOPs of a call that makes no matching, by the block's class: matrix products of tokens and attention, nothing else."""
+    every = tokens + TEXT["flux"]
+    fewer = every - int(tokens * config.ratio) if config is not None else every
+    keys_only, mlp = (config.keep_queries, config.merge_mlp) if config is not None else (False, False)
+    square = 2 * 3072**2
+    asked = every if keys_only else fewer
+    attention, forward = 4 * asked * fewer * 3072, fewer if mlp else every
+    double = (2 * asked + 2 * fewer) * square + attention + 8 * forward * square
+    single = (asked + 2 * fewer) * square + attention + 9 * forward * square
+    return {"FluxTransformerBlock": double, "FluxSingleTransformerBlock": single}
 
 
 def own_cost(config: TokenMergeConfig, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Any]]:
@@ -78,7 +74,7 @@ def measure(
     """One row a block: seconds of all repeats, medians of their ratios to the stock block, and the ceiling."""
     device = next(model.parameters()).device.type
     arguments, watch = inputs("flux", tokens, TEXT["flux"], dtype, device), Stopwatch(device)
-    stock_flops, merged_flops = flops_of_blocks(None, tokens), flops_of_blocks(config, tokens)
+    stock_flops, merged_flops = arithmetic(tokens, None), arithmetic(tokens, config)
 
     def step(number: int) -> dict[str, float]:
         time = torch.full((1,), 1 - number / 100, device=device)

@@ -1,0 +1,189 @@
+"""What an evaluation compares: a YAML file, checked and spread out into one cell for every method and setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dit_accel import TokenCacheConfig, TokenMergeConfig
+from eval.prompt_sets import read_prompt_set
+from pipelines.methods import Config
+
+PAIRS = ("stride", "rematch_every")  # options whose value is a list of two itself
+FULL, NO_OP = "full", "no-op cache"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method with one setting. Its label is unique within a run."""
+
+    label: str
+    configs: tuple[Config, ...] = ()
+    steps: int | None = None  # None: those of the pipeline
+    kind: str = "method"  # or "full", "no-op", "fewer steps"
+
+    def options(self) -> dict[str, Any]:
+        """Everything that the cell sets, as plain values."""
+        parts = {"cache": TokenCacheConfig, "merge": TokenMergeConfig}
+        found = {name: c.to_dict() for name, kind in parts.items() for c in self.configs if isinstance(c, kind)}
+        return {**found, **({"steps": self.steps} if self.steps else {})}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One evaluation.
+
+    Attributes:
+        pipelines: names, hub ids or folders.
+        prompts: in the order in which they are made.
+        seeds: pictures of every prompt.
+        methods: each a grid of `cache`, `merge` and `steps`, whose options may be lists.
+        scores: rewards by name, path or hub id; see `eval.rewards.load_reward`. The first one is what the report is about.
+        margin: the largest loss of the first score that does not matter, declared before the results are seen.
+        steps, guidance, height, width: for all pipelines, if not their own.
+        batch_size: pictures denoised together where time is not measured.
+        timing_rounds: how often every cell's time is measured, in turn with all others, after one round of warm-up.
+        timing_batch_size: pictures denoised together where time is measured.
+        dtype, device, offload: as `dit-accel generate`.
+    """
+
+    pipelines: tuple[str, ...]
+    prompts: tuple[str, ...]
+    methods: tuple[dict[str, Any], ...]
+    seeds: int = 3
+    scores: tuple[str, ...] = ("emoji-reward",)
+    margin: float = 0.1
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 8
+    timing_rounds: int = 5
+    timing_batch_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    offload: str = "none"
+    cells: tuple[Cell, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("pipelines", "prompts", "methods", "scores"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give at least one.")
+        for name in ("seeds", "batch_size", "timing_rounds", "timing_batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if isinstance(self.margin, bool) or not isinstance(self.margin, (int, float)) or not self.margin > 0:
+            raise ValueError(f"margin must be a number above 0, not {self.margin!r}.")
+        object.__setattr__(self, "cells", tuple(_cells(self.methods)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+
+
+def read_spec(path: Path, **changes: Any) -> Spec:
+    """The evaluation that a YAML file describes, with some of its settings changed.
+
+    `prompts` may be a list, or the path of a prompt set, looked for beside the file first.
+
+    Raises:
+        FileNotFoundError: there is no such file or prompt set.
+        ValueError: something in it is wrong; the message says what.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no specification {path}; see eval/specs/ for examples.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings by name, as in eval/specs/.")
+    values |= {name: value for name, value in changes.items() if value is not None}
+    known = [f.name for f in dataclasses.fields(Spec) if f.init]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{path} sets {', '.join(unknown)}, which is unknown; there are {', '.join(known)}.")
+    if missing := sorted({"pipelines", "prompts", "methods"} - set(values)):
+        raise ValueError(f"{path} does not set {', '.join(missing)}.")
+    if isinstance(values["prompts"], str):
+        beside = path.parent / values["prompts"]
+        values["prompts"] = read_prompt_set(beside if beside.is_file() else Path(values["prompts"]))
+    for name in ("pipelines", "prompts", "methods", "scores"):
+        if name in values:
+            if not isinstance(values[name], (list, tuple)):
+                raise ValueError(f"{path}: {name} must be a list, not {values[name]!r}.")
+            values[name] = tuple(values[name])
+    try:
+        return Spec(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _cells(methods: tuple[dict[str, Any], ...]) -> list[Cell]:
+    """Full, the cache that caches nothing, and every point of every method's grid."""
+    cells = [Cell(FULL, kind="full"), Cell(NO_OP, (TokenCacheConfig(interval=1),), kind="no-op")]
+    for method in methods:
+        if not isinstance(method, dict) or not method or set(method) - {"cache", "merge", "steps"}:
+            raise ValueError(f"A method sets cache, merge or steps (or several), not {method!r}.")
+        grids = [_grid(method.get(part) or {}) if part in method else [None] for part in ("cache", "merge")]
+        steps = method.get("steps")
+        for cache, merge, count in itertools.product(*grids, steps if isinstance(steps, list) else [steps]):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise ValueError(f"steps must be a whole number of at least 1, not {count!r}.")
+            cells.append(_cell(cache, merge, count))
+    seen: set[str] = set()
+    for cell in cells:
+        if cell.label in seen:
+            raise ValueError(f"The method {cell.label!r} comes twice.")
+        seen.add(cell.label)
+    return cells
+
+
+def _cell(cache: dict[str, Any] | None, merge: dict[str, Any] | None, steps: int | None) -> Cell:
+    configs: list[Config] = []
+    words = []
+    if cache is not None:
+        preset = cache.get("preset")
+        rest = {name: value for name, value in cache.items() if name != "preset"}
+        configs.append(TokenCacheConfig.preset(preset, **rest) if preset else TokenCacheConfig.from_dict(rest))
+        words.append(_label("cache", cache))
+    if merge is not None:
+        configs.append(TokenMergeConfig.from_dict(merge))
+        words.append(_label("merge", merge))
+    if steps is not None:
+        words.append(f"{steps} steps")
+    return Cell(" + ".join(words), tuple(configs), steps, "method" if configs else "fewer steps")
+
+
+def _label(method: str, options: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        return (
+            "x".join(map(str, value))
+            if isinstance(value, (list, tuple))
+            else f"{value:g}"
+            if isinstance(value, float)
+            else f"{value}"
+        )
+
+    return " ".join([method, *(f"{name}={text(value)}" for name, value in options.items())])
+
+
+def _grid(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """All combinations of options whose values are lists."""
+    choices = []
+    for name, value in options.items():
+        sweeps = isinstance(value, list) and not (name in PAIRS and not any(isinstance(part, list) for part in value))
+        choices.append([(name, one) for one in (value if sweeps else [value])])
+    return [dict(combination) for combination in itertools.product(*choices)]
+
+
+def noise_seed(prompt: str, seed: int) -> int:
+    """The seed of a picture's initial noise: it depends on the prompt and the number of the picture and on nothing else."""
+    return int.from_bytes(hashlib.sha256(json.dumps([prompt, seed]).encode()).digest()[:7], "big")
