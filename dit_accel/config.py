@@ -198,7 +198,7 @@ class TokenMergeConfig(_Options):
     merge_attention: bool = True
     merge_cross_attention: bool = False
     merge_mlp: bool = False
-    rematch_every: int | tuple[int, int] = (5, 1)
+    rematch_every: int | tuple[int, int] = (2, 1)
     warmup_steps: int = 0
     keep_queries: bool = False
     proportional_attention: bool = False

@@ -81,7 +81,7 @@ MergeStride = Annotated[
 ]
 RematchEvery = Annotated[
     tuple[int, int] | None,
-    typer.Option(help="Steps, and layers, that share one matching.", show_default="5 1", rich_help_panel=MERGE),
+    typer.Option(help="Steps, and layers, that share one matching.", show_default="2 1", rich_help_panel=MERGE),
 ]
 MergeWarmupSteps = Annotated[
     int | None, typer.Option(help="Merge nothing on the first steps.", show_default="0", rich_help_panel=MERGE)
