@@ -53,18 +53,22 @@ class ClipScore:
 
         Raises:
             OSError: from transformers, if there is no such checkpoint.
-            ValueError: for a tokenizer that is not the model's.
+            ValueError: for weights that are missing, or a tokenizer that is not the model's.
         """
-        model = CLIPModel.from_pretrained(checkpoint, dtype=dtype).to(device)
-        return cls(model, CLIPTokenizer.from_pretrained(checkpoint), prefix=prefix)
+        model, info = CLIPModel.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{checkpoint} lacks {', '.join(sorted(info['missing_keys']))}; give a checkpoint of the whole CLIP model."
+            )
+        return cls(model.to(device), CLIPTokenizer.from_pretrained(checkpoint), prefix=prefix)
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[str], pictures: Sequence[Picture], batch_size: int = 16) -> np.ndarray:
+    def score(self, prompts: Sequence[str], images: Sequence[Picture], batch_size: int = 16) -> np.ndarray:
         """CLIPScore of every picture for the prompt at the same place of its list, [N].
 
         Args:
             prompts: what the pictures are to show; what exceeds the tokens of the model (77) is not read.
-            pictures: open pictures or paths; they are prepared as the original code of CLIP does.
+            images: open pictures or paths; they are prepared as the original code of CLIP does.
             batch_size: how many are scored at a time; it changes the speed, not the scores.
 
         Raises:
@@ -73,7 +77,7 @@ class ClipScore:
         """
         scores: list[float] = []
         size, device = self.model.config.vision_config.image_size, self.model.device
-        for texts, images in batches(prompts, pictures, batch_size):
+        for texts, opened in batches(prompts, images, batch_size):
             tokens = self.tokenizer(
                 [self.prefix + text for text in texts],
                 padding="max_length",
@@ -84,7 +88,7 @@ class ClipScore:
             embedded = self.model(
                 input_ids=tokens["input_ids"].to(device),
                 attention_mask=tokens["attention_mask"].to(device),
-                pixel_values=torch.stack([preprocess(image, size) for image in images]).to(device),
+                pixel_values=torch.stack([preprocess(picture, size) for picture in opened]).to(device),
             )
             cosine = torch.cosine_similarity(embedded.text_embeds.float(), embedded.image_embeds.float())
             scores += (WEIGHT * cosine.clamp(min=0)).tolist()

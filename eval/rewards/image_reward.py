@@ -106,12 +106,12 @@ class ImageReward:
         (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[str], pictures: Sequence[Picture], batch_size: int = 16) -> np.ndarray:
+    def score(self, prompts: Sequence[str], images: Sequence[Picture], batch_size: int = 16) -> np.ndarray:
         """The reward of every picture for the prompt at the same place of its list, [N].
 
         Args:
             prompts: what the pictures are to show; what exceeds 35 tokens is not read.
-            pictures: open pictures or paths.
+            images: open pictures or paths.
             batch_size: how many are scored at a time; it changes the speed, not the rewards.
 
         Raises:
@@ -120,8 +120,8 @@ class ImageReward:
         """
         rewards: list[float] = []
         size, device = self.configs["vision_config"]["img_size"], next(self.net.parameters()).device
-        for texts, images in batches(prompts, pictures, batch_size):
-            pixels = torch.stack([preprocess(image, size) for image in images]).to(device)
+        for texts, opened in batches(prompts, images, batch_size):
+            pixels = torch.stack([preprocess(picture, size) for picture in opened]).to(device)
             tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
             seen = self.net["vision"](pixel_values=pixels).last_hidden_state  # [B, 1 + patches, width]
             read = self.net["text"](

@@ -44,7 +44,7 @@ class PackageImageReward:
         self.model = package.load(str(checkpoint), device=device, med_config=config)
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[str], pictures: Sequence[Picture]) -> np.ndarray:
+    def score(self, prompts: Sequence[str], images: Sequence[Picture]) -> np.ndarray:
         """The reward of every picture for the prompt at the same place of its list, [N]; it takes one at a time.
 
         Raises:
@@ -52,6 +52,6 @@ class PackageImageReward:
             FileNotFoundError: for a picture that does not exist.
         """
         rewards: list[float] = []
-        for texts, images in batches(prompts, pictures, batch_size=1):
-            rewards.append(self.model.score(texts[0], images[0]))
+        for texts, opened in batches(prompts, images, batch_size=1):
+            rewards.append(self.model.score(texts[0], opened[0]))
         return np.array(rewards, dtype=float)
