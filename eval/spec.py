@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Spec:
         timing_rounds: how often every cell's time is measured, in turn with all others, after one round of warm-up.
         timing_batch_size: pictures denoised together where time is measured.
         dtype, device, offload: as `dit-accel generate`.
+        selector_file: a Python file that registers selectors of your own.
     """
 
     pipelines: tuple[str, ...]
@@ -70,6 +72,7 @@ class Spec:
     dtype: str = "auto"
     device: str = "auto"
     offload: str = "none"
+    selector_file: str | None = None
     cells: tuple[Cell, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,15 +92,41 @@ class Spec:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
 
 
-def read_spec(path: Path, **changes: Any) -> Spec:
-    """The evaluation that a YAML file describes, with some of its settings changed.
+def read_spec(path: Path | None, **changes: Any) -> Spec:
+    """The evaluation that a YAML file describes, with some of its settings changed; or one that is all changes, without a file.
 
-    `prompts` may be a list, or the path of a prompt set, looked for beside the file first.
+    `prompts` may be a list, or the path of a prompt set; it and `selector_file` are looked for beside the file first.
 
     Raises:
         FileNotFoundError: there is no such file or prompt set.
         ValueError: something in it is wrong; the message says what.
     """
+    values = {} if path is None else _values(path)
+    values |= {name: value for name, value in changes.items() if value is not None}
+    where = "The evaluation" if path is None else f"{path}"
+    known = [f.name for f in dataclasses.fields(Spec) if f.init]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{where} sets {', '.join(unknown)}, which is unknown; there are {', '.join(known)}.")
+    if missing := sorted({"pipelines", "prompts", "methods"} - set(values)):
+        raise ValueError(f"{where} does not set {', '.join(missing)}; give a specification, or the options for these.")
+    beside = Path() if path is None else path.parent
+    if isinstance(values["prompts"], str):
+        values["prompts"] = read_prompt_set(_found(beside, values["prompts"]))
+    if values.get("selector_file"):
+        values["selector_file"] = str(_found(beside, values["selector_file"]))
+        runpy.run_path(values["selector_file"])
+    for name in ("pipelines", "prompts", "methods", "scores"):
+        if name in values:
+            if not isinstance(values[name], (list, tuple)):
+                raise ValueError(f"{where}: {name} must be a list, not {values[name]!r}.")
+            values[name] = tuple(values[name])
+    try:
+        return Spec(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _values(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no specification {path}; see eval/specs/ for examples.")
     try:
@@ -106,24 +135,11 @@ def read_spec(path: Path, **changes: Any) -> Spec:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings by name, as in eval/specs/.")
-    values |= {name: value for name, value in changes.items() if value is not None}
-    known = [f.name for f in dataclasses.fields(Spec) if f.init]
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{path} sets {', '.join(unknown)}, which is unknown; there are {', '.join(known)}.")
-    if missing := sorted({"pipelines", "prompts", "methods"} - set(values)):
-        raise ValueError(f"{path} does not set {', '.join(missing)}.")
-    if isinstance(values["prompts"], str):
-        beside = path.parent / values["prompts"]
-        values["prompts"] = read_prompt_set(beside if beside.is_file() else Path(values["prompts"]))
-    for name in ("pipelines", "prompts", "methods", "scores"):
-        if name in values:
-            if not isinstance(values[name], (list, tuple)):
-                raise ValueError(f"{path}: {name} must be a list, not {values[name]!r}.")
-            values[name] = tuple(values[name])
-    try:
-        return Spec(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return values
+
+
+def _found(beside: Path, name: str) -> Path:
+    return beside / name if (beside / name).is_file() else Path(name)
 
 
 def _cells(methods: tuple[dict[str, Any], ...]) -> list[Cell]:

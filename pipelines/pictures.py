@@ -119,14 +119,19 @@ def current_umask() -> int:
     return mask
 
 
-def save(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
-    """Write a PNG with every entry of `record` as a text chunk, and the record as JSON beside it."""
+def png(image: Image.Image, record: dict[str, Any]) -> bytes:
+    """A PNG with every entry of `record` as a text chunk."""
     info = PngInfo()
     for key, value in record.items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
+    """Write a PNG with the record in it, and the record as JSON beside it."""
+    write_atomically(path, png(image, record))
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path.with_suffix(".json"), text.encode())
 

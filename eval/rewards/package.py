@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eval.rewards.image_reward import MAX_TOKENS
 from eval.rewards.pictures import Picture, batches
 
 
@@ -55,3 +56,7 @@ class PackageImageReward:
         for texts, opened in batches(prompts, images, batch_size=1):
             rewards.append(self.model.score(texts[0], opened[0]))
         return np.array(rewards, dtype=float)
+
+    def cut(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts exceed 35 tokens, so that their ends are not read."""
+        return sum(len(self.model.blip.tokenizer(prompt)["input_ids"]) > MAX_TOKENS for prompt in prompts)

@@ -1,0 +1,110 @@
+"""Seconds of every method of a run, taken in turn so that whatever slows the machine down slows all of them alike."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from eval.folder import RunFolder, write_json, write_table
+from eval.measuring import Measured
+from eval.spec import FULL, NO_OP, Cell, Spec, noise_seed
+from pipelines.generation import Settings
+
+PROBES = 2  # rounds from which the fewer steps are found that match a method; their seconds are not reported
+
+
+class Watcher:
+    """Who is told how far a run is; the command line draws a bar."""
+
+    def stage(self, name: str, total: int, done: int = 0) -> None: ...
+
+    def advance(self, amount: float) -> None: ...
+
+
+def one_round(
+    pipe: Any, settings: Settings, cells: Sequence[Cell], spec: Spec, number: int, watcher: Watcher
+) -> list[dict[str, Any]]:
+    """A batch of every cell in an order that changes from round to round. A cell that fails has an error instead of seconds."""
+    picks = [spec.prompts[(number * spec.timing_batch_size + i) % len(spec.prompts)] for i in range(spec.timing_batch_size)]
+    batch = [(prompt, noise_seed(prompt, i)) for i, prompt in enumerate(picks)]
+    order = list(cells)
+    random.Random(number).shuffle(order)
+    rows = []
+    for cell in order:
+        row: dict[str, Any] = {"method": cell.label, "kind": cell.kind, "round": number, "error": None}
+        try:
+            with Measured(pipe, cell, settings) as measured:
+                row |= measured(batch)[1]
+        except Exception as error:  # one method that cannot run does not end the others
+            row["error"] = f"{type(error).__name__}: {error}"
+        rows.append(row)
+        watcher.advance(1)
+    return rows
+
+
+def matching_steps(rows: Sequence[dict[str, Any]], steps: int) -> dict[int, list[str]]:
+    """Fewer steps in full that cost what a method costs: how many, and which methods they match in seconds or FLOPs.
+
+    Args:
+        rows: rounds with every method.
+        steps: of the full run. A method with steps of its own, or slower than full, is matched by no fewer steps.
+    """
+    table = pd.DataFrame(rows)
+    table = table[table["error"].isna()]
+    if FULL not in set(table["method"]):
+        return {}
+    medians = table.groupby("method", sort=False)[["denoising_seconds", "flops", "full_flops"]].median()
+    found: dict[int, list[str]] = {}
+    for method, kind in table.groupby("method", sort=False)["kind"].first().items():
+        if kind != "method":
+            continue
+        ratios = {
+            "seconds": medians.at[method, "denoising_seconds"] / medians.at[FULL, "denoising_seconds"],
+            "FLOPs": medians.at[method, "flops"] / medians.at[NO_OP, "full_flops"],
+        }
+        for what, ratio in ratios.items():
+            count = max(1, round(ratio * steps)) if pd.notna(ratio) else steps
+            if count < steps:
+                found.setdefault(count, []).append(f"{what} of {method}")
+    return dict(sorted(found.items(), reverse=True))
+
+
+def with_baselines(folder: RunFolder, spec: Spec, pipeline: str) -> tuple[Cell, ...]:
+    """The cells of the specification, and the fewer steps that `take_times` found for this pipeline."""
+    own = {cell.label for cell in spec.cells}
+    counts = [int(count) for count in folder.baselines().get(pipeline, {})]
+    return (*spec.cells, *(Cell(f"{n} steps", (), n, "fewer steps") for n in counts if f"{n} steps" not in own))
+
+
+def take_times(
+    pipe: Any, settings: Settings, folder: RunFolder, spec: Spec, pipeline: str, shared: bool, sitting: int, watcher: Watcher
+) -> None:
+    """Find the baselines of a pipeline if that has not been done, then time all cells, `timing_rounds` times.
+
+    A round is written when it is whole, so one that was interrupted is taken again.
+
+    Args:
+        shared: whether other processes compute on this device at the same time; the rows then say that they cannot be compared.
+        sitting: see `RunFolder.sit_down`.
+    """
+    index = spec.pipelines.index(pipeline)
+    left = [number for number in range(1, spec.timing_rounds + 1) if not folder.timing(index, number).exists()]
+    if pipeline in folder.baselines() and not left:
+        return
+    known = pipeline in folder.baselines()
+    cells = with_baselines(folder, spec, pipeline)
+    watcher.stage(f"{pipeline}: warm-up for the seconds", len(cells) * (1 if known else 1 + PROBES))
+    one_round(pipe, settings, cells, spec, 0, watcher)
+    if not known:
+        probes = [row for n in range(PROBES) for row in one_round(pipe, settings, cells, spec, -1 - n, watcher)]
+        found = {str(count): matched for count, matched in matching_steps(probes, settings.steps).items()}
+        write_json(folder.path / "baselines.json", folder.baselines() | {pipeline: found})
+        cells = with_baselines(folder, spec, pipeline)
+    watcher.stage(f"{pipeline}: seconds", len(cells) * spec.timing_rounds, len(cells) * (spec.timing_rounds - len(left)))
+    for number in left:
+        rows = one_round(pipe, settings, cells, spec, number, watcher)
+        common = {"pipeline": pipeline, "comparable": not shared, "sitting": sitting}
+        write_table(folder.timing(index, number), [common | row for row in rows])
