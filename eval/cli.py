@@ -50,7 +50,7 @@ def run(
     score: Annotated[
         list[str] | None,
         typer.Option(
-            help="emoji-reward, image-reward or clip-score, or one of the last two with a checkpoint after a colon; may be repeated.",
+            help="emoji-reward, or image-reward or clip-score, perhaps with a checkpoint after a colon; may be repeated.",
             rich_help_panel=CHANGES,
         ),
     ] = None,
