@@ -93,6 +93,13 @@ class RunFolder:
     def timing(self, pipeline: int, number: int) -> Path:
         return self.path / "timing" / f"{pipeline:02}-{number:03}.parquet"
 
+    def map(self, pipeline: int, cell: int) -> Path:
+        return self.path / "maps" / f"{pipeline:02}-{cell:04}.json"
+
+    def failed(self, rows: Path) -> bool:
+        """Whether a picture of this batch failed."""
+        return bool(pd.read_parquet(rows, columns=["error"])["error"].notna().any())
+
     def picture(self, pipeline: int, cell: int, prompt: int, seed: int, names: tuple[str, str]) -> Path:
         """Where a picture lies, relative to the folder; `names` of pipeline and method are for whoever looks at it."""
         first, second = (f"{number:02}-{slug(name)}" for number, name in zip((pipeline, cell), names, strict=True))

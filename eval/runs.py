@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from eval.fidelity import decibels, squared_error, ssim
 from eval.folder import RunFolder, write_json, write_table
+from eval.maps import record_maps
 from eval.measuring import Measured
 from eval.rewards import load_reward
 from eval.rewards.pictures import open_picture
@@ -78,8 +79,10 @@ class Evaluation:
                 take_times(pipe, settings, self.folder, self.spec, name, self.shared, sitting, self.watcher)
             self.state.wait_for_everyone()
             self.make_pictures(name, pipe, settings)
+            self.state.wait_for_everyone()
+            if self.state.is_main_process:
+                record_maps(pipe, settings, self.folder, self.spec, name, self.watcher)
             del pipe
-        self.state.wait_for_everyone()
         return self.finish() if self.state.is_main_process else pd.DataFrame()
 
     def make_pictures(self, name: str, pipe: Any, settings: Settings) -> None:

@@ -1,0 +1,53 @@
+"""Which places each method computes: recorded on one batch, apart from the pictures whose quality and seconds are measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import dit_accel
+from dit_accel import TokenCacheConfig
+from eval.folder import RunFolder, write_json
+from eval.spec import Cell, Spec, noise_seed
+from eval.timing import Watcher, with_baselines
+from pipelines.generation import Settings, denoise
+from pipelines.inspection import places
+
+
+def selects(cell: Cell) -> bool:
+    """Whether a method chooses among tokens on some steps."""
+    return any(isinstance(c, TokenCacheConfig) and c.interval > 1 and 0 < c.cache_ratio < 1 for c in cell.configs)
+
+
+def record_maps(pipe: Any, settings: Settings, folder: RunFolder, spec: Spec, pipeline: str, watcher: Watcher) -> None:
+    """Write the missing maps of a pipeline: means over the first prompts, as many as are denoised together.
+
+    A method that cannot run has no map; the rows of its pictures say why.
+    """
+    index = spec.pipelines.index(pipeline)
+    cells = [(i, cell) for i, cell in enumerate(with_baselines(folder, spec, pipeline)) if selects(cell)]
+    left = [(i, cell) for i, cell in cells if not folder.map(index, i).exists()]
+    batch = [(prompt, noise_seed(prompt, 0)) for prompt in spec.prompts[: spec.batch_size]]
+    watcher.stage(f"{pipeline}: selection maps", len(cells), len(cells) - len(left))
+    for number, cell in left:
+        if not any(folder.failed(path) for path in folder.path.glob(f"rows/{index:02}-{number:04}-*.parquet")):
+            found = shares(pipe, settings, cell, batch)
+            write_json(folder.map(index, number), {"pipeline": pipeline, "method": cell.label, **found})
+        watcher.advance(1)
+
+
+def shares(pipe: Any, settings: Settings, cell: Cell, batch: list[tuple[str, int]]) -> dict[str, Any]:
+    """Means over the pictures of a batch: `share` of the selections that computed each place, and its figures."""
+    steps = cell.steps or settings.steps
+    try:
+        dit_accel.apply(pipe, list(cell.configs), record=True)
+        denoise(pipe, batch, replace(settings, steps=steps), lambda: None, applied=False)
+        report = dit_accel.report(pipe)
+        found = [places(report, picture) for picture in range(len(batch))]
+    finally:
+        dit_accel.remove(pipe)
+    figures = {name: float(np.mean([getattr(one, name) for one in found])) for name in ("uniformity", "row_bias", "column_bias")}
+    share = np.mean([one.share for one in found], axis=0)
+    return {"grid": list(report.grid), "share": share.round(4).tolist(), "pictures": len(batch), **figures}
