@@ -55,9 +55,10 @@ class Evaluation:
 
     def __init__(self, spec: Spec, folder: RunFolder, watcher: Watcher, *, retry_failed: bool = False) -> None:
         self.spec, self.folder, self.watcher, self.retry_failed = spec, folder, watcher, retry_failed
-        self.state = PartialState(cpu=spec.device == "cpu", timeout=PATIENCE)
+        self.state = PartialState(cpu=pick_device(spec.device).type == "cpu", timeout=PATIENCE)
         several = self.state.num_processes > 1
         self.device = str(self.state.device) if several and spec.device == "auto" else str(pick_device(spec.device))
+        self.device = "cpu" if self.device.startswith("cpu") else self.device  # accelerate numbers even the CPU
         place = (socket.gethostname(), self.device)
         self.shared = (gather_object([place]) if several else [place]).count(place) > 1
 
