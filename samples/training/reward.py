@@ -96,6 +96,11 @@ class Model(torch.nn.Module):
         self.text_config = {**TEXT, "vocab_size": len(SPECIAL) + len(words) + 2}  # the last two are [DEC] and [ENC]
         self.tokenizer = read_vocabulary(self.vocab, self.text_config["vocab_size"])
         self.net = build_net(VISION, BertConfig.from_dict(self.text_config))
+        for name, weight in [*self.net["vision"].named_parameters(), *self.net["text"].named_parameters()]:
+            if weight.ndim == 2 and "embeddings" not in name:
+                # As large for the width here as BERT's 0.02 is for 768 and more: with 0.02 all tokens attend to all alike, and no
+                # preference is learned.
+                torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         self.names = torch.nn.ModuleList([torch.nn.Linear(VISION["embed_dim"], n) for n in (len(concepts()), len(STYLES))])
 
     def see(self, images: Tensor) -> Tensor:
@@ -238,8 +243,8 @@ def measure(model: Model, found: dict[str, list[Drawing]], draws: int) -> dict[s
 
 
 def main(
-    naming: int = typer.Option(120_000, help="Pictures named by the vision transformer at first."),
-    ranking: int = typer.Option(60_000, help="Prompts that are then asked with right and wrong pictures."),
+    naming: int = typer.Option(60_000, help="Pictures named by the vision transformer at first."),
+    ranking: int = typer.Option(25_000, help="Prompts that are then asked with right and wrong pictures."),
     batch: int = typer.Option(32),
     lr: float = typer.Option(1e-3),
     draws: int = typer.Option(8, help="Degraded versions of each held-out picture and kind that are measured."),
