@@ -31,11 +31,13 @@ def summarise(rows: pd.DataFrame, times: pd.DataFrame, *, score: str, margin: fl
         `identical`, the share of pictures that are; `seconds` of denoising and `end_to_end`, medians with `seconds_iqr`; `speedup`
         and `end_to_end_speedup`, medians over rounds of full over method in the same round, with `speedup_low` and `speedup_high`
         their quartiles; `flops` of a picture and `flops_ratio`; `cache_bytes`, `peak_memory`; `pareto`, whether no method of the
-        pipeline is both faster and better. What could not be measured is NaN.
+        pipeline is both faster and better; `seconds_low` and `seconds_high`, quartiles. What could not be measured is NaN.
     """
     parts = []
     for name, some in rows.groupby("pipeline", sort=False):
         part = _quality(some, score, margin, resamples).join(_cost(times[times["pipeline"] == name]))
+        for column in {"score", "seconds"} - set(part):  # nothing was scored, or timed
+            part[column] = math.nan
         known = part["score"].notna() & part["seconds"].notna() & (part["kind"] != "no-op")
         part["pareto"] = False
         part.loc[known, "pareto"] = pareto(part.loc[known, "seconds"], part.loc[known, "score"])
@@ -89,6 +91,8 @@ def _cost(times: pd.DataFrame) -> pd.DataFrame:
         result[method] = {
             "seconds": own["denoising_seconds"].median(),
             "seconds_iqr": high - low,
+            "seconds_low": low,
+            "seconds_high": high,
             "end_to_end": own["seconds"].median(),
             "speedup": ratio.median(),
             "speedup_low": ratio.quantile(0.25),
