@@ -107,7 +107,7 @@ def legend(rows: list[Any], part: pd.DataFrame, marks: bool = True) -> tuple[Fig
     entries: dict[str, tuple[str, Any]] = {}
     for row in rows:
         if len(rows) <= NAMED:
-            entries[f"{row.number}  {row.method}"] = (row.key, row)
+            entries[f"#{row.number}  {row.method}"] = (row.key, row)
         elif marks:
             entries.setdefault(series(row.method) if row.kind == "method" else row.kind, ("", row))
     labels = [wrapped(label, 46) for label in entries]
@@ -135,19 +135,22 @@ def points(figure: Figure, axes: Axes, known: pd.DataFrame, x: pd.Series, y: pd.
         across, along: (low, high) ends of the horizontal and of the vertical bars, or None.
     """
     shades = looks(known)
+    bars = []
     for i, row in zip(known.index, known.itertuples(), strict=True):
         colour = shades[row.key][0]
         for ends, steady, flat in ((across, y, True), (along, x, False)):
             if ends is not None and pd.notna(ends[0][i]):
                 bar, still = [ends[0][i], ends[1][i]], [steady[i]] * 2
-                axes.plot(*((bar, still) if flat else (still, bar)), color=colour, alpha=0.6, lw=1.3, gid=gid(row.key, "bar"))
+                bars.append(np.column_stack((bar, still) if flat else (still, bar)))
+                axes.plot(*bars[-1].T, color=colour, alpha=0.6, lw=1.3, gid=gid(row.key, "bar"))
         dot = mark(shades[row.key], row)
         dot.set(xdata=[x[i]], ydata=[y[i]], gid=gid(row.key, "point"), zorder=3)
         axes.add_line(dot)
     figure.draw_without_rendering()
     places = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
+    lines = [axes.transData.transform(bar).ravel() * 72 / figure.dpi for bar in bars]
     frame = np.asarray(axes.get_window_extent().extents) * 72 / figure.dpi
-    moves = labels_apart(places, [str(number) for number in known["number"]], frame)
+    moves = labels_apart(places, [str(number) for number in known["number"]], frame, lines)
     for row, place, move in zip(known.itertuples(), zip(x, y, strict=True), moves, strict=True):
         line = {"arrowstyle": "-", "color": "#888888", "lw": 0.7, "shrinkA": 0, "shrinkB": 3} if np.hypot(*move) > 12 else None
         note = axes.annotate(str(row.number), place, move, textcoords="offset points", ha="center", va="center", arrowprops=line)
@@ -156,11 +159,14 @@ def points(figure: Figure, axes: Axes, known: pd.DataFrame, x: pd.Series, y: pd.
             note.arrow_patch.set_gid(gid(row.key, "leader"))
 
 
-def labels_apart(places: NDArray[np.float64], texts: list[str], frame: NDArray[np.float64]) -> list[tuple[float, float]]:
-    """How far to move each label from its point so that it covers no point, no other label and nothing outside the frame.
+def labels_apart(
+    places: NDArray[np.float64], texts: list[str], frame: NDArray[np.float64], lines: list[NDArray[np.float64]]
+) -> list[tuple[float, float]]:
+    """How far to move each label from its point so that it covers no point and no other label, and rather no bar.
 
     Args:
-        places: of the points [n, 2]; frame: left, bottom, right and top; all in typographic points.
+        places: of the points [n, 2]; frame, lines: left, bottom, right and top of what labels stay in, and of bars; all in
+            typographic points.
     """
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
     moves = []
@@ -172,8 +178,11 @@ def labels_apart(places: NDArray[np.float64], texts: list[str], frame: NDArray[n
         def cost(move: tuple[float, float], x: float = x, y: float = y, wide: float = wide) -> float:
             box = (x + move[0] - wide, y + move[1] - 5, x + move[0] + wide, y + move[1] + 5)
             outside = box[0] < frame[0] or box[1] < frame[1] or box[2] > frame[2] or box[3] > frame[3]
-            hits = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
-            return float(100 * hits + 100 * outside + np.hypot(*move))
+            hits, crossed = (
+                sum(box[0] <= t[2] and t[0] <= box[2] and box[1] <= t[3] and t[1] <= box[3] for t in others)
+                for others in (taken, lines)
+            )
+            return float(100 * hits + 100 * outside + 6 * crossed + np.hypot(*move))
 
         best = min(choices, key=cost)
         taken.append((x + best[0] - wide, y + best[1] - 5, x + best[0] + wide, y + best[1] + 5))

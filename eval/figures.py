@@ -47,7 +47,7 @@ def quality_latency(name: str, part: pd.DataFrame, margin: float, score: str) ->
     axes.set(
         xlabel="seconds of denoising a picture, measured", ylabel=wrapped(score, 30), title=wrapped(part["pipeline"].iloc[0], 44)
     )
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.06 * np.nanmax(table[["seconds", "seconds_high"]]))
     points(figure, axes, known, table["seconds"], table["score"], *bars)
     return finish(name, figure, table)
 
@@ -93,7 +93,7 @@ def differences(name: str, part: pd.DataFrame, table: pd.DataFrame, margin: floa
         if pd.notna(row.difference):
             axes.plot([row.low, row.high], [y + 0.18] * 2, color="black", lw=2, solid_capstyle="butt", gid=gid(row.key, "bar"))
             axes.plot(row.difference, y + 0.18, "D", color="black", ms=5, gid=gid(row.key, "point"))
-        label = textwrap.shorten(f"{row.number}  {row.method}", 58, placeholder=" …")
+        label = textwrap.shorten(f"#{row.number}  {row.method}", 58, placeholder=" …")
         place = axes.get_yaxis_transform()
         axes.text(0.005, y - 0.25, label, transform=place, va="center", fontsize=9, gid=gid(row.key, "label"), in_layout=False)
     long = table[known["method"]].melt(ignore_index=False, var_name="method", value_name="difference").dropna().reset_index()
@@ -132,7 +132,7 @@ def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) ->
         image = axes.imshow(one["share"], vmin=0, vmax=most, cmap="viridis", interpolation="none")
         axes.set(xticks=[], yticks=[], gid=gid(row.key, "map"))
         axes.grid(False)
-        axes.set_title(f"{row.number}\nuniformity {one['uniformity']:.3f}", fontsize=9, loc="center")
+        axes.set_title(f"#{row.number}\nuniformity {one['uniformity']:.3f}", fontsize=9, loc="center")
     figure.suptitle(wrapped(part["pipeline"].iloc[0], 44), x=0.02, ha="left", fontsize=10)
     bar = figure.colorbar(image, ax=grid, location="bottom", aspect=30, shrink=0.9, format=PercentFormatter(1.0))
     bar.set_label("of the partial steps on which a place was computed")
@@ -146,9 +146,11 @@ def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) ->
 
 
 def keep_in_view(axes: Axes, table: pd.DataFrame, margin: float) -> None:
-    """Vertical limits that show every bar, and the margin unless that would squeeze everything else."""
+    """Vertical limits that show all points, and bars and the margin unless these would squeeze everything else."""
+    low, high = table["score"].min(), table["score"].max()
     ends = table[["score", "bar_low", "bar_high"]].to_numpy()
-    low, high = np.nanmin(ends), np.nanmax(ends)
+    reach = max(high - low, 0.3 * float(np.nanmax(ends) - np.nanmin(ends)))
+    low, high = max(low - reach, np.nanmin(ends)), min(high + reach, np.nanmax(ends))
     if low - margin < 1.5 * (high - low):
         low, high = min(low, margin), max(high, margin)
     space = 0.08 * ((high - low) or 1.0)

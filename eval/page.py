@@ -153,7 +153,7 @@ def findings(table: pd.DataFrame, margin: float) -> list[str]:
 def fastest(part: pd.DataFrame) -> str:
     row = part.loc[part["speedup"].idxmax()].to_dict()
     gain, loss = speedup(row), interval(row["difference"], row["low"], row["high"], "+.3f")
-    return f"{row['method']} (no. {row['number']}), measured speed-up {gain.text} {gain.note}, difference {loss.text} {loss.note}"
+    return f"{row['method']} (#{row['number']}), measured speed-up {gain.text} {gain.note}, difference {loss.text} {loss.note}"
 
 
 def count(amount: int, thing: str) -> str:
@@ -233,7 +233,8 @@ def protocol(spec: Row, table: pd.DataFrame, rows: pd.DataFrame, times: pd.DataF
         (
             "Statistics",
             "seeds are averaged for every prompt; 95 % intervals are BCa bootstrap intervals over prompts; p is that of a "
-            "two-sided sign-flip permutation test of the paired differences, adjusted by Holm's method over all methods but the no-op cache. "
+            "two-sided sign-flip permutation test of the paired differences, adjusted by Holm's method over all methods but the "
+            "no-op cache. "
             "Non-inferior: the interval of the difference lies above minus the margin as a whole."
             + (f" With {fewest} prompts no unadjusted p can be below {least:.2g}." if least > 0.01 else ""),
         ),

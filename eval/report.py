@@ -163,7 +163,7 @@ def draw(run: Run, part: pd.DataFrame) -> list[tuple[drawing.Drawing, str, str]]
                 figures.differences(f"differences-{number:02}", part, paired(rows, score), margin, score),
                 "Differences prompt by prompt",
                 f"Each dot is a prompt, mean of its {page.count(run.spec['seeds'], 'seed')}; black: the mean and its 95 % "
-                f"interval. Dashed: minus the margin of {margin:g}. Above {figures.DOTS} prompts the outline of the distribution is drawn.",
+                f"interval. Dashed: minus the margin of {margin:g}. Above {figures.DOTS} prompts the outline of the distribution.",
             ),
             (
                 figures.selection_maps(f"selection-maps-{number:02}", part, maps(run, name)),
@@ -238,7 +238,7 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
                     for pair in pairs[(pairs["key"] == row["key"]) & (pairs["place"] == place)].to_dict("records")
                 ],
             )
-            for place, title in (("worst", "Largest losses"), ("best", "Largest gains"))
+            for place, title in (("worst", "Lowest differences"), ("best", "Highest differences"))
         ]
         for row in records
     }
