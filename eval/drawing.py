@@ -41,6 +41,9 @@ STYLE = {
 }
 
 
+Looks = dict[str, tuple[str, str]]  # colour and marker of every method, by key
+
+
 @dataclass(frozen=True)
 class Drawing:
     """One figure, under the name of its files."""
@@ -57,8 +60,8 @@ def series(method: str) -> str:
     return " ".join(words)
 
 
-def looks(part: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """Colour and marker of every method, by key; settings of one method look alike."""
+def looks(part: pd.DataFrame) -> Looks:
+    """Settings of one method look alike."""
     names = list(dict.fromkeys(series(method) for method in part.loc[part["kind"] == "method", "method"]))
     return {
         row.key: PLAIN.get(row.kind)
@@ -93,17 +96,16 @@ def finish(name: str, figure: Figure, table: pd.DataFrame) -> Drawing:
     return Drawing(name, re.sub(r"<[^!?/][^>]*>", tag, text), png.getvalue(), table)
 
 
-def canvas(known: pd.DataFrame) -> tuple[Figure, Axes]:
+def canvas(known: pd.DataFrame, shades: Looks) -> tuple[Figure, Axes]:
     """A figure with the legend of these methods below its axes."""
-    figure, keys = legend(list(known.itertuples()), known)
+    figure, keys = legend(list(known.itertuples()), shades)
     figure.set_size_inches(WIDTH, 3.4 + keys)
     return figure, figure.add_subplot()
 
 
-def legend(rows: list[Any], part: pd.DataFrame, marks: bool = True) -> tuple[Figure, float]:
+def legend(rows: list[Any], shades: Looks, marks: bool = True) -> tuple[Figure, float]:
     """An empty figure with a legend at its foot, and the height of that: the methods with their numbers, or only the series."""
     figure = Figure(layout="constrained")
-    shades = looks(part)
     entries: dict[str, tuple[str, Any]] = {}
     for row in rows:
         if len(rows) <= NAMED:
@@ -128,13 +130,14 @@ def mark(look: tuple[str, str], row: Any) -> Line2D:
     return Line2D([], [], ls="", color=look[0], marker=look[1], ms=9 if look[1] == "*" else 6, mfc="white" if hollow else look[0])
 
 
-def points(figure: Figure, axes: Axes, known: pd.DataFrame, x: pd.Series, y: pd.Series, across: Any, along: Any) -> None:
+def points(
+    figure: Figure, axes: Axes, known: pd.DataFrame, shades: Looks, x: pd.Series, y: pd.Series, across: Any, along: Any
+) -> None:
     """Every method as a mark with bars and its number beside it.
 
     Args:
         across, along: (low, high) ends of the horizontal and of the vertical bars, or None.
     """
-    shades = looks(known)
     bars = []
     for i, row in zip(known.index, known.itertuples(), strict=True):
         colour = shades[row.key][0]

@@ -35,7 +35,8 @@ def quality_latency(name: str, part: pd.DataFrame, margin: float, score: str) ->
         table[column] = known[column].astype(float)
     table["bar_low"], table["bar_high"] = (table["score"] - table["difference"] + table[end] for end in ("low", "high"))
     table["pareto"] = known["pareto"]
-    figure, axes = canvas(known)
+    shades = looks(part)
+    figure, axes = canvas(known, shades)
     full = known.loc[known["kind"] == "full", "score"]
     if len(full):
         axes.axhline(full.iloc[0], color="#555555", lw=1, zorder=1)
@@ -48,7 +49,7 @@ def quality_latency(name: str, part: pd.DataFrame, margin: float, score: str) ->
         xlabel="seconds of denoising a picture, measured", ylabel=wrapped(score, 30), title=wrapped(part["pipeline"].iloc[0], 44)
     )
     axes.set_xlim(0, 1.06 * np.nanmax(table[["seconds", "seconds_high"]]))
-    points(figure, axes, known, table["seconds"], table["score"], *bars)
+    points(figure, axes, known, shades, table["seconds"], table["score"], *bars)
     return finish(name, figure, table)
 
 
@@ -58,13 +59,14 @@ def latency_flops(name: str, part: pd.DataFrame) -> Drawing | None:
     if known.empty:
         return None
     table = known[["number", "method", "kind", "flops_ratio", "speedup", "speedup_low", "speedup_high", "comparable"]]
-    figure, axes = canvas(known)
+    shades = looks(part)
+    figure, axes = canvas(known, shades)
     top = 1.06 * max(known["speedup_high"].max(), 1.1)
     right = 1.06 * max(known["flops_ratio"].max(), 1.1)
     axes.plot([0, min(top, right)], [0, min(top, right)], color="#555555", lw=1, ls=(0, (4, 3)), gid="diagonal")
     axes.set(xlim=(0.0, right), ylim=(0.0, top), title=wrapped(part["pipeline"].iloc[0], 44))
     axes.set(xlabel="FLOPs ratio: full / method, counted", ylabel="latency ratio:\nfull / method, measured")
-    points(figure, axes, known, known["flops_ratio"], known["speedup"], None, (known["speedup_low"], known["speedup_high"]))
+    points(figure, axes, known, shades, known["flops_ratio"], known["speedup"], None, (known["speedup_low"], known["speedup_high"]))
     return finish(name, figure, table)
 
 
@@ -81,7 +83,7 @@ def differences(name: str, part: pd.DataFrame, table: pd.DataFrame, margin: floa
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set(ylim=(len(known) - 0.25, -0.75), title=wrapped(part["pipeline"].iloc[0], 44))
-    axes.set_xlabel(wrapped(f"difference of {score} to full, one dot a prompt", 48))
+    axes.set_xlabel(wrapped(f"difference of {score} to full", 44))
     axes.grid(False, axis="y")
     axes.tick_params(left=False, labelleft=False)
     axes.axvline(0, color="#555555", lw=1)
@@ -95,7 +97,8 @@ def differences(name: str, part: pd.DataFrame, table: pd.DataFrame, margin: floa
             axes.plot(row.difference, y + 0.18, "D", color="black", ms=5, gid=gid(row.key, "point"))
         label = textwrap.shorten(f"#{row.number}  {row.method}", 58, placeholder=" …")
         place = axes.get_yaxis_transform()
-        axes.text(0.005, y - 0.25, label, transform=place, va="center", fontsize=9, gid=gid(row.key, "label"), in_layout=False)
+        text = axes.text(0.005, y - 0.25, label, transform=place, va="center", fontsize=9, gid=gid(row.key, "label"))
+        text.set(in_layout=False, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.5})
     long = table[known["method"]].melt(ignore_index=False, var_name="method", value_name="difference").dropna().reset_index()
     return finish(name, figure, known[["number", "method"]].merge(long, on="method"))
 
@@ -122,7 +125,7 @@ def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) ->
     columns = 3
     lines = -(-len(found) // columns)
     height, width = found[0][1]["grid"]
-    figure, keys = legend([row for row, _ in found], part, marks=False)
+    figure, keys = legend([row for row, _ in found], looks(part), marks=False)
     figure.set_size_inches(WIDTH, lines * (0.55 + WIDTH / columns * height / width) + 1.0 + keys)
     grid = figure.subplots(lines, columns, squeeze=False)
     most = max(float(np.max(one["share"])) for _, one in found) or 1.0
@@ -132,6 +135,7 @@ def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) ->
         image = axes.imshow(one["share"], vmin=0, vmax=most, cmap="viridis", interpolation="none")
         axes.set(xticks=[], yticks=[], gid=gid(row.key, "map"))
         axes.grid(False)
+        axes.spines[:].set_visible(False)
         axes.set_title(f"#{row.number}\nuniformity {one['uniformity']:.3f}", fontsize=9, loc="center")
     figure.suptitle(wrapped(part["pipeline"].iloc[0], 44), x=0.02, ha="left", fontsize=10)
     bar = figure.colorbar(image, ax=grid, location="bottom", aspect=30, shrink=0.9, format=PercentFormatter(1.0))

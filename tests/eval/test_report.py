@@ -24,7 +24,12 @@ from eval.summary import summarise
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 RESAMPLES = 200
-METHODS = ["cache selector=random interval=3", "cache selector=drift interval=3", "cache selector=drift interval=5", "merge ratio=0.5"]
+METHODS = [
+    "cache selector=random interval=3",
+    "cache selector=drift interval=3",
+    "cache selector=drift interval=5",
+    "merge ratio=0.5",
+]
 PROMPTS = ["crab, 3d style", "red apple, flat style", "cactus", "a tiger"]
 HOSTILE = '<script>document.title="taken"</script> & "quotes" ]]> --'
 
@@ -73,10 +78,24 @@ def make_run(
             if kind == "method" and method.startswith("cache") and maps:
                 share = np.round(rng.uniform(0, 0.4, (8, 8)) + np.linspace(0, 0.3, 8), 4)
                 record = {"pipeline": pipeline, "method": method, "grid": [8, 8], "share": share.tolist(), "uniformity": 0.97}
-                write_json(path / "maps" / f"{p:02}-{number:04}.json", record | {"row_bias": 0.1, "column_bias": 0.6, "pictures": 2})
-    spec = {"pipelines": pipelines, "prompts": prompts, "methods": [{"cache": {"selector": "random", "interval": 3}}], "seeds": seeds}
+                write_json(
+                    path / "maps" / f"{p:02}-{number:04}.json", record | {"row_bias": 0.1, "column_bias": 0.6, "pictures": 2}
+                )
+    spec = {
+        "pipelines": pipelines,
+        "prompts": prompts,
+        "methods": [{"cache": {"selector": "random", "interval": 3}}],
+        "seeds": seeds,
+    }
     spec |= {"scores": scores, "margin": 0.1, "steps": 20, "guidance": None, "height": None, "width": None, "batch_size": 4}
-    spec |= {"timing_rounds": rounds, "timing_batch_size": 1, "dtype": "auto", "device": "auto", "offload": "none", "selector_file": None}
+    spec |= {
+        "timing_rounds": rounds,
+        "timing_batch_size": 1,
+        "dtype": "auto",
+        "device": "auto",
+        "offload": "none",
+        "selector_file": None,
+    }
     write_json(path / "spec.json", {"spec": spec, "versions": {"torch": "2.13.0", "diffusers": "0.42.1"}})
     write_json(path / "cut.json", {score: 1 for score in scores})
     write_json(path / "baselines.json", {name: {"10": [f"seconds of {methods[0]}"], "5": []} for name in pipelines})
