@@ -43,7 +43,7 @@ def quality_latency(name: str, part: pd.DataFrame, margin: float, score: str) ->
         axes.axhline(full.iloc[0] - margin, color="#555555", lw=1, ls=(0, (4, 3)), zorder=1, gid="margin")
         keep_in_view(axes, table, full.iloc[0] - margin)
     front = table[table["pareto"]].sort_values("seconds")
-    axes.plot(front["seconds"], front["score"], drawstyle="steps-post", color="#b0b0b0", lw=2.5, zorder=1.5, gid="front")
+    axes.plot(front["seconds"], front["score"], drawstyle="steps-post", color="#c4c4c4", lw=3, zorder=1.5, gid="front")
     bars = (table["seconds_low"], table["seconds_high"]), (table["bar_low"], table["bar_high"])
     axes.set(
         xlabel="seconds of denoising a picture, measured", ylabel=wrapped(score, 30), title=wrapped(part["pipeline"].iloc[0], 44)
@@ -83,7 +83,7 @@ def differences(name: str, part: pd.DataFrame, table: pd.DataFrame, margin: floa
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set(ylim=(len(known) - 0.25, -0.75), title=wrapped(part["pipeline"].iloc[0], 44))
-    axes.set_xlabel(wrapped(f"difference of {score} to full", 44))
+    axes.set_xlabel(wrapped(f"difference of {score} to full", 52))
     axes.grid(False, axis="y")
     axes.tick_params(left=False, labelleft=False)
     axes.axvline(0, color="#555555", lw=1)
@@ -126,7 +126,8 @@ def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) ->
     lines = -(-len(found) // columns)
     height, width = found[0][1]["grid"]
     figure, keys = legend([row for row, _ in found], looks(part), marks=False)
-    figure.set_size_inches(WIDTH, lines * (0.55 + WIDTH / columns * height / width) + 1.0 + keys)
+    tall = lines * (0.5 + WIDTH / columns * height / width) + 1.0 + keys
+    figure.set_size_inches(WIDTH, tall)
     grid = figure.subplots(lines, columns, squeeze=False)
     most = max(float(np.max(one["share"])) for _, one in found) or 1.0
     for axes in grid.flat[len(found) :]:
@@ -138,8 +139,8 @@ def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) ->
         axes.spines[:].set_visible(False)
         axes.set_title(f"#{row.number}\nuniformity {one['uniformity']:.3f}", fontsize=9, loc="center")
     figure.suptitle(wrapped(part["pipeline"].iloc[0], 44), x=0.02, ha="left", fontsize=10)
-    bar = figure.colorbar(image, ax=grid, location="bottom", aspect=30, shrink=0.9, format=PercentFormatter(1.0))
-    bar.set_label("of the partial steps on which a place was computed")
+    bar = figure.colorbar(image, ax=grid, location="bottom", aspect=25, pad=0.1 / tall, format=PercentFormatter(1.0))
+    bar.set_label("share of the selections that computed a place")
     rows = [
         {"number": row.number, "method": row.method, "row": i, "column": j, "share": value, **{k: one[k] for k in FIGURES}}
         for row, one in found

@@ -166,7 +166,7 @@ def doubts(table: pd.DataFrame, unfinished: str) -> list[str]:
     noop = table[(table["kind"] == "no-op") & (table["identical"] < 1)]
     for row in noop.itertuples():
         found.append(
-            f"{row.pipeline}: the no-op cache is not bit-identical to full: {row.identical:.0%} of {row.pictures} pictures are. "
+            f"{row.pipeline}: the no-op cache is not bit-identical to full: {same(row)} pictures are. "
             "A cache that caches nothing must change nothing: differences of the other methods may come from the machinery."
         )
     shared = table[table["comparable"].map(lambda value: value is False)]
@@ -181,18 +181,19 @@ def doubts(table: pd.DataFrame, unfinished: str) -> list[str]:
     return found
 
 
+def same(row: Any) -> str:
+    """How many pictures equal their twins in full."""
+    return f"{round(row.identical * row.compared)} of {row.compared}"
+
+
 def untouched(table: pd.DataFrame) -> str:
     """What the cache that caches nothing has shown."""
     noop = table[table["kind"] == "no-op"]
     states = []
     for row in noop.itertuples():
-        same = (
-            "not compared yet"
-            if pd.isna(row.identical)
-            else f"{row.identical:.0%} of {row.pictures} pictures bit-identical to full"
-        )
+        some = "not compared yet" if pd.isna(row.identical) else f"{same(row)} pictures are bit-identical to full"
         states.append(
-            f"{row.pipeline}: {'bit-identical to full in all ' + count(row.pictures, 'picture') if row.identical == 1 else same}"
+            f"{row.pipeline}: {'bit-identical to full in all ' + count(row.compared, 'picture') if row.identical == 1 else some}"
         )
     return "; ".join(states) or "not made yet"
 

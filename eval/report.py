@@ -123,7 +123,8 @@ def csv(table: pd.DataFrame) -> bytes:
 
 
 def methods(run: Run, resamples: int) -> pd.DataFrame:
-    """The summary of the first score, with a `number` for every method of a pipeline, a `key` for the page, and other scores."""
+    """The summary of the first score, with what the page adds: a `number` for every method of a pipeline, a `key`, the pictures
+    that were `compared` with their twins, and the other scores."""
     scores, margin = run.spec["scores"], run.spec["margin"]
     table, *others = [summarise(run.rows, run.times, score=score, margin=margin, resamples=resamples) for score in scores]
     table = complete(table, NUMBERS)
@@ -132,7 +133,9 @@ def methods(run: Run, resamples: int) -> pd.DataFrame:
             table[f"{i}: {column}"] = other.get(column)
     numbers = table.groupby("pipeline", sort=False).cumcount()
     keys = [f"{run.spec['pipelines'].index(name)}-{n}" for name, n in zip(table["pipeline"], numbers, strict=True)]
-    return table.assign(number=numbers, key=keys, comparable=table["comparable"].astype(object))
+    twins = run.rows[run.rows["squared_error"].notna()].groupby(["pipeline", "method"]).size()
+    compared = [twins.get(name, 0) for name in zip(table["pipeline"], table["method"], strict=True)]
+    return table.assign(compared=compared, number=numbers, key=keys, comparable=table["comparable"].astype(object))
 
 
 def draw(run: Run, part: pd.DataFrame) -> list[tuple[drawing.Drawing, str, str]]:

@@ -65,7 +65,7 @@ def _quality(rows: pd.DataFrame, score: str, margin: float, resamples: int) -> p
             table.loc[method, ["score", "score_low", "score_high"]] = [found.mean, found.low, found.high]
         errors = rows.loc[(rows["method"] == method) & rows["error"].isna()]
         if kinds[method] != "full" and "squared_error" in errors and errors["squared_error"].notna().any():
-            table.loc[method, ["ssim", "identical"]] = [errors["ssim"].mean(), (errors["squared_error"] == 0).mean()]
+            table.loc[method, ["ssim", "identical"]] = [errors["ssim"].mean(), (errors["squared_error"].dropna() == 0).mean()]
             by_prompt = errors.groupby("prompt")["squared_error"].mean()
             if len(by_prompt) >= 2:
                 error = mean_interval(by_prompt, resamples=resamples)
