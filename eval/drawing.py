@@ -126,7 +126,7 @@ def legend(rows: list[Any], shades: Looks, marks: bool = True) -> tuple[Figure, 
 
 def mark(look: tuple[str, str], row: Any) -> Line2D:
     """The mark of a method; hollow where its seconds cannot be compared."""
-    hollow = getattr(row, "comparable", True) is False
+    hollow = not row.comparable
     return Line2D([], [], ls="", color=look[0], marker=look[1], ms=9 if look[1] == "*" else 6, mfc="white" if hollow else look[0])
 
 

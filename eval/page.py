@@ -122,7 +122,7 @@ def speedup(row: Row) -> Cell:
     found = interval(row["speedup"], row["speedup_low"], row["speedup_high"], ".2f")
     if row["kind"] == "full":
         return Cell(found.text, found.order)
-    return Cell(found.text, found.order, f"{found.note} shared device") if row["comparable"] is False else found
+    return Cell(found.text, found.order, f"{found.note} shared device") if not row["comparable"] else found
 
 
 def mebibytes(value: Any) -> Cell:
@@ -169,7 +169,7 @@ def doubts(table: pd.DataFrame, unfinished: str) -> list[str]:
             f"{row.pipeline}: the no-op cache is not bit-identical to full: {same(row)} pictures are. "
             "A cache that caches nothing must change nothing: differences of the other methods may come from the machinery."
         )
-    shared = table[table["comparable"].map(lambda value: value is False)]
+    shared = table[~table["comparable"]]
     if len(shared):
         found.append(
             f"Processes shared a device while {count(len(shared), 'method')} were timed; their seconds and speed-ups cannot be "
@@ -253,6 +253,6 @@ def failures(rows: pd.DataFrame, times: pd.DataFrame) -> list[Row]:
             where = (
                 f"first with prompt {first['prompt']!r}, seed {first['seed']}" if what == "pictures" else f"round {first['round']}"
             )
-            unit = "picture" if what == "pictures" else "round of timing"
+            unit = "picture" if what == "pictures" else "timing round"
             found.append(dict(pipeline=pipeline, method=method, error=error, count=count(len(some), unit), where=where))
     return found

@@ -135,7 +135,8 @@ def methods(run: Run, resamples: int) -> pd.DataFrame:
     keys = [f"{run.spec['pipelines'].index(name)}-{n}" for name, n in zip(table["pipeline"], numbers, strict=True)]
     twins = run.rows[run.rows["squared_error"].notna()].groupby(["pipeline", "method"]).size()
     compared = [twins.get(name, 0) for name in zip(table["pipeline"], table["method"], strict=True)]
-    return table.assign(compared=compared, number=numbers, key=keys, comparable=table["comparable"].astype(object))
+    comparable = table["comparable"].isna() | table["comparable"].eq(True)
+    return table.assign(compared=compared, number=numbers, key=keys, comparable=comparable)
 
 
 def draw(run: Run, part: pd.DataFrame) -> list[tuple[drawing.Drawing, str, str]]:
