@@ -172,8 +172,8 @@ def doubts(table: pd.DataFrame, unfinished: str) -> list[str]:
     shared = table[~table["comparable"]]
     if len(shared):
         found.append(
-            f"Processes shared a device while {count(len(shared), 'method')} were timed; their seconds and speed-ups cannot be "
-            "compared. They are marked in the table and drawn hollow."
+            f"Processes shared a device while {count(len(shared), 'method')} {'was' if len(shared) == 1 else 'were'} timed; "
+            "their seconds and speed-ups cannot be compared. They are marked in the table and drawn hollow."
         )
     failed = table[table["failed"] > 0]
     if len(failed):

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -215,7 +216,6 @@ def extremes(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else both.assign(place="", key="")
 
 
-@lru_cache(maxsize=4096)
 def embedded(path: Path) -> str:
     """A picture of at most SIDE pixels a side, as a data URI; nothing if the file is gone."""
     if not path.is_file():
@@ -233,12 +233,13 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
     spec = run.spec
     records = table.to_dict("records")
     columns = page.columns(tuple(spec["scores"]), len(spec["pipelines"]))
+    source = lru_cache(maxsize=None)(embedded)  # a twin is shown beside several methods
     shown = {
         row["key"]: [
             (
                 title,
                 [
-                    pair_of(run.folder, pair)
+                    pair_of(run.folder, pair, source)
                     for pair in pairs[(pairs["key"] == row["key"]) & (pairs["place"] == place)].to_dict("records")
                 ],
             )
@@ -272,14 +273,12 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
     )
 
 
-def pair_of(folder: RunFolder, pair: dict[str, Any]) -> dict[str, Any]:
+def pair_of(folder: RunFolder, pair: dict[str, Any], source: Callable[[Path], str]) -> dict[str, Any]:
     """A picture beside its twin, for the page."""
-    likeness = psnr_text(pair["psnr"]) if pd.notna(pair["psnr"]) else "PSNR unknown"
+    likeness = "PSNR unknown" if pd.isna(pair["psnr"]) else psnr_text(pair["psnr"])
     return pair | {
-        "sources": [
-            (label, embedded(folder.path / pair[file])) for label, file in (("method", "picture"), ("full", "picture_full"))
-        ],
+        "sources": [(label, source(folder.path / pair[file])) for label, file in (("method", "picture"), ("full", "picture_full"))],
         "difference": page.signed(pair["difference"], "+.3f"),
         "scores": " against ".join(page.signed(pair[name], ".3f") for name in ("score", "score_full")),
-        "likeness": likeness,
+        "likeness": f"PSNR {likeness}" if likeness.endswith("dB") else likeness,
     }

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -239,6 +241,9 @@ def test_worst_and_best_pictures(run: Path, html: str) -> None:
             assert [f"{row.prompt}, seed {row.seed}" for row in found.itertuples()] == wanted
     assert not set(listed["method"]) & {"full", "no-op cache"}
     assert html.count("data:image/webp;base64,") == 2 * len(listed)
+    first = listed[(listed["method"] == METHODS[0]) & (listed["place"] == "worst")].iloc[0]
+    caption = f"({first.score:.3f} against {first.score_full:.3f} in full), PSNR {first.psnr:.1f} dB.<br>{first.prompt}, seed {first.seed}"
+    assert caption in html.replace("−", "-")
 
 
 def test_few_pictures_are_not_shown_twice(tmp_path: Path) -> None:
@@ -407,6 +412,11 @@ def test_command(tmp_path: Path) -> None:
     missing = runner.invoke(cli.app, ["report", str(tmp_path)])
     assert missing.exit_code == 1 and "is no run" in missing.output
     assert "FileNotFoundError" not in missing.output
+
+
+def test_help_needs_none_of_the_libraries() -> None:
+    code = "import sys; from eval import cli; sys.exit(bool({'torch', 'matplotlib', 'pandas', 'jinja2'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(cli.__file__).parent.parent).returncode == 0
 
 
 def test_series() -> None:
