@@ -10,9 +10,10 @@ import numpy as np
 import dit_accel
 from dit_accel import TokenCacheConfig
 from eval.folder import RunFolder, write_json
+from eval.measuring import Bench
 from eval.spec import Cell, Spec, noise_seed
 from eval.timing import Watcher, with_baselines
-from pipelines.generation import Settings, denoise
+from pipelines.generation import denoise
 from pipelines.inspection import places
 
 
@@ -21,33 +22,33 @@ def selects(cell: Cell) -> bool:
     return any(isinstance(c, TokenCacheConfig) and c.interval > 1 and 0 < c.cache_ratio < 1 for c in cell.configs)
 
 
-def record_maps(pipe: Any, settings: Settings, folder: RunFolder, spec: Spec, pipeline: str, watcher: Watcher) -> None:
+def record_maps(bench: Bench, folder: RunFolder, spec: Spec, watcher: Watcher) -> None:
     """Write the missing maps of a pipeline: means over the first prompts, as many as are denoised together.
 
     A method that cannot run has no map; the rows of its pictures say why.
     """
-    index = spec.pipelines.index(pipeline)
+    pipeline, index = bench.name, spec.pipelines.index(bench.name)
     cells = [(i, cell) for i, cell in enumerate(with_baselines(folder, spec, pipeline)) if selects(cell)]
     left = [(i, cell) for i, cell in cells if not folder.map(index, i).exists()]
     batch = [(prompt, noise_seed(prompt, 0)) for prompt in spec.prompts[: spec.batch_size]]
     watcher.stage(f"{pipeline}: selection maps", len(cells), len(cells) - len(left))
     for number, cell in left:
         if not any(folder.failed(path) for path in folder.path.glob(f"rows/{index:02}-{number:04}-*.parquet")):
-            found = shares(pipe, settings, cell, batch)
+            found = shares(bench, cell, batch)
             write_json(folder.map(index, number), {"pipeline": pipeline, "method": cell.label, **found})
         watcher.advance(1)
 
 
-def shares(pipe: Any, settings: Settings, cell: Cell, batch: list[tuple[str, int]]) -> dict[str, Any]:
+def shares(bench: Bench, cell: Cell, batch: list[tuple[str, int]]) -> dict[str, Any]:
     """Means over the pictures of a batch: `share` of the selections that computed each place, and its figures."""
-    steps = cell.steps or settings.steps
+    settings = replace(bench.settings, steps=cell.steps or bench.settings.steps)
     try:
-        dit_accel.apply(pipe, list(cell.configs), record=True)
-        denoise(pipe, batch, replace(settings, steps=steps), lambda: None, applied=False)
-        report = dit_accel.report(pipe)
+        dit_accel.apply(bench.pipe, list(cell.configs), record=True)
+        denoise(bench.pipe, batch, settings, lambda: None, applied=False)
+        report = dit_accel.report(bench.pipe)
         found = [places(report, picture) for picture in range(len(batch))]
     finally:
-        dit_accel.remove(pipe)
+        dit_accel.remove(bench.pipe)
     figures = {name: float(np.mean([getattr(one, name) for one in found])) for name in ("uniformity", "row_bias", "column_bias")}
     share = np.mean([one.share for one in found], axis=0)
     return {"grid": list(report.grid), "share": share.round(4).tolist(), "pictures": len(batch), **figures}

@@ -85,7 +85,7 @@ def _table(path: Path, text: str) -> Iterator[tuple[int, object]]:
                 raise ValueError(f"{path}, line {reader.line_num}: there are more fields than columns; quote prompts with commas.")
             yield reader.line_num, row[column]
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}.") from None
+        raise ValueError(f"{path}, line {reader.line_num + 1}: {error}.") from None  # where the broken row begins
 
 
 def _prompt_of(value: object) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,12 +16,12 @@ from accelerate.utils import gather_object
 from eval.fidelity import decibels, squared_error, ssim
 from eval.folder import RunFolder, write_json, write_table
 from eval.maps import record_maps
-from eval.measuring import Measured
+from eval.measuring import Bench, Measured
 from eval.rewards import load_reward
 from eval.rewards.pictures import open_picture
 from eval.spec import NO_OP, Cell, Spec, noise_seed
 from eval.timing import Watcher, take_times, with_baselines
-from pipelines.generation import Settings, settings_for
+from pipelines.generation import settings_for
 from pipelines.loading import load, pick_device
 from pipelines.pictures import png, write_atomically
 
@@ -76,34 +76,33 @@ class Evaluation:
             pipe = load(name, self.spec.dtype, self.device, self.spec.offload)
             given = {key: getattr(self.spec, key) for key in ("steps", "guidance", "height", "width")}
             settings = settings_for(pipe, name, **given)
+            bench = Bench(name, pipe, settings)
             if self.state.is_main_process:
-                take_times(pipe, settings, self.folder, self.spec, name, self.shared, sitting, self.watcher)
+                take_times(bench, self.folder, self.spec, self.shared, sitting, self.watcher)
             self.state.wait_for_everyone()
-            self.make_pictures(name, pipe, settings)
+            self.make_pictures(bench)
             self.state.wait_for_everyone()
             if self.state.is_main_process:
-                record_maps(pipe, settings, self.folder, self.spec, name, self.watcher)
-            del pipe
+                record_maps(bench, self.folder, self.spec, self.watcher)
+            del pipe, bench
         return self.finish() if self.state.is_main_process else pd.DataFrame()
 
-    def make_pictures(self, name: str, pipe: Any, settings: Settings) -> None:
+    def make_pictures(self, bench: Bench) -> None:
         """The missing batches of this process; first those in full, to which the others are compared."""
-        pipeline, batches = self.spec.pipelines.index(name), batches_of(self.spec)
-        cells = with_baselines(self.folder, self.spec, name)
-        mine = [
-            [batch for i, batch in enumerate(batches) if (i + number) % self.state.num_processes == self.state.process_index]
-            for number in range(len(cells))
-        ]
-        missing = [
-            [batch for batch in some if not self.done(self.folder.rows(pipeline, number, batch.number), cells[number])]
-            for number, some in enumerate(mine)
-        ]
-        pictures = [sum(len(batch.places) for some in part for batch in some) for part in (mine, missing)]
+        pipeline, batches = self.spec.pipelines.index(bench.name), batches_of(self.spec)
+        cells = with_baselines(self.folder, self.spec, bench.name)
+        mine, missing = [], []
+        for number, cell in enumerate(cells):
+            own = [batch for batch in batches if (batch.number + number) % self.state.num_processes == self.state.process_index]
+            mine += own
+            missing.append([batch for batch in own if not self.done(self.folder.rows(pipeline, number, batch.number), cell)])
         if self.state.is_main_process:
-            self.watcher.stage(f"{name}: pictures", pictures[0], pictures[0] - pictures[1])
+            total, left = (sum(len(batch.places) for batch in some) for some in (mine, sum(missing, [])))
+            self.watcher.stage(f"{bench.name}: pictures", total, total - left)
         for number, (cell, some) in enumerate(zip(cells, missing, strict=True)):
-            for batch, rows in self.rows_of(name, pipe, settings, number, cell, some):
-                write_table(self.folder.rows(pipeline, number, batch.number), rows)
+            with Measured(bench, cell) as measured:
+                for batch in some:
+                    write_table(self.folder.rows(pipeline, number, batch.number), self.rows_of(number, measured, batch))
             if number == 0:
                 self.state.wait_for_everyone()
 
@@ -114,43 +113,24 @@ class Evaluation:
         without_twin = cell.kind != "full" and ("squared_error" not in rows or rows["squared_error"].isna().any())
         return not (rows["error"].notna().any() or without_twin)
 
-    def rows_of(
-        self, name: str, pipe: Any, settings: Settings, number: int, cell: Cell, batches: Sequence[Batch]
-    ) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
-        """One row a picture, batch by batch. A batch that fails is tried picture by picture; what fails then has an error."""
-        advance = self.watcher.advance if self.state.is_main_process else lambda amount: None
-        for batch in batches:
-            steps = cell.steps or settings.steps
-            step: Callable[[], None] = lambda share=len(batch.places) / steps: advance(share)  # noqa: B008, E731
-            common = {"pipeline": name, "method": cell.label, "kind": cell.kind}
-            rows: list[dict[str, Any]] = []
-            for attempt in (batch.places,) if len(batch.places) == 1 else (batch.places, *((place,) for place in batch.places)):
-                try:
-                    rows += self.attempt(name, pipe, settings, number, cell, attempt, step)
-                except Exception as error:  # one failing prompt or method does not end the run
-                    if len(attempt) == 1:
-                        reason = f"{type(error).__name__}: {error}"
-                        rows.append({**self.place(*attempt[0]), "error": reason})
-                else:
-                    if len(attempt) == len(batch.places):
-                        break
-            yield batch, [common | row for row in rows]
+    def rows_of(self, number: int, measured: Measured, batch: Batch) -> list[dict[str, Any]]:
+        """One row a picture. If a batch fails it is tried picture by picture; what fails then has an error."""
+        cell = measured.cell
+        common = {"pipeline": measured.bench.name, "method": cell.label, "kind": cell.kind}
+        try:
+            return [common | row for row in self.attempt(number, measured, batch.places)]
+        except Exception as error:  # one failing prompt or method does not end the run
+            if len(batch.places) == 1:
+                return [common | self.place(*batch.places[0]) | {"error": f"{type(error).__name__}: {error}"}]
+        return [row for place in batch.places for row in self.rows_of(number, measured, Batch(batch.number, (place,)))]
 
-    def attempt(
-        self,
-        name: str,
-        pipe: Any,
-        settings: Settings,
-        number: int,
-        cell: Cell,
-        places: Sequence[tuple[int, int]],
-        on_step: Callable[[], None],
-    ) -> list[dict[str, Any]]:
+    def attempt(self, number: int, measured: Measured, places: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         """Make, save, score and compare the pictures of one batch."""
-        pipeline = self.spec.pipelines.index(name)
-        found = [self.place(*place) for place in places]
-        with Measured(pipe, cell, settings) as measured:
-            pictures, cost = measured([(row["prompt"], row["noise_seed"]) for row in found], on_step)
+        name, cell = measured.bench.name, measured.cell
+        pipeline, found = self.spec.pipelines.index(name), [self.place(*place) for place in places]
+        share = len(places) / measured.settings.steps
+        on_step = (lambda: self.watcher.advance(share)) if self.state.is_main_process else lambda: None
+        pictures, cost = measured([(row["prompt"], row["noise_seed"]) for row in found], on_step)
         images = [picture.image for picture in pictures]
         for label, reward in self.rewards.items():
             for row, score in zip(found, reward.score([row["prompt"] for row in found], images), strict=True):
@@ -191,8 +171,7 @@ def with_flops(table: pd.DataFrame) -> pd.DataFrame:
     noop = table[(table["method"] == NO_OP) & table["error"].isna()]
     a_step = (noop["full_flops"] / noop["steps"]).groupby(noop["pipeline"]).median()
     plain = table["flops"].isna() & table["error"].isna()
-    table.loc[plain, "full_flops"] = table.loc[plain, "steps"].astype(float) * table.loc[plain, "pipeline"].map(a_step).astype(
-        float
-    )
+    steps, each = table.loc[plain, "steps"], table.loc[plain, "pipeline"].map(a_step)
+    table.loc[plain, "full_flops"] = steps.astype(float) * each.astype(float)
     table.loc[plain, "flops"] = table.loc[plain, "full_flops"]
     return table

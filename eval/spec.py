@@ -79,6 +79,9 @@ class Spec:
         for name in ("pipelines", "prompts", "methods", "scores"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one.")
+        for name in ("pipelines", "prompts", "scores"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} has an entry twice; give each once.")
         for name in ("seeds", "batch_size", "timing_rounds", "timing_batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

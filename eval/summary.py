@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,13 @@ def summarise(rows: pd.DataFrame, times: pd.DataFrame, *, score: str, margin: fl
         resamples: of the bootstrap and the test.
 
     Returns:
-        `pipeline`, `method`, `kind`, `pictures`, `failed`; `score` with `score_low` and `score_high`; `difference` to full with
-        `low`, `high`, `p`, `p_holm` and `non_inferior`; `psnr` with `psnr_low` and `psnr_high`, of the mean squared error; `ssim`;
-        `identical`, the share of pictures that are; `seconds` of denoising and `end_to_end`, medians with `seconds_iqr`; `speedup`
-        and `end_to_end_speedup`, medians over rounds of full over method in the same round, with `speedup_low` and `speedup_high`
-        their quartiles; `flops` of a picture and `flops_ratio`; `cache_bytes`, `peak_memory`; `pareto`, whether no method of the
-        pipeline is both faster and better; `seconds_low` and `seconds_high`, quartiles. What could not be measured is NaN.
+        `pipeline`, `method`, `kind`, `pictures`, `failed`; `score` with `score_low` and `score_high`; `difference` to full over
+        `n` prompts with `low`, `high`, `p`, `p_holm` and `non_inferior`; `psnr` with `psnr_low` and `psnr_high`, of the mean
+        squared error; `ssim`; `identical`, the share of pictures that are; `seconds` of denoising and `end_to_end`, medians, with
+        `seconds_iqr`, `seconds_low` and `seconds_high`, their quartiles; `speedup` and `end_to_end_speedup`, medians over rounds
+        of full over method in the same round, with `speedup_low` and `speedup_high` their quartiles; `flops` of a picture and
+        `flops_ratio`; `cache_bytes`, `peak_memory`; `comparable`, whether the seconds are; `pareto`, whether no method of the
+        pipeline is both faster and better. What could not be measured is NaN.
     """
     parts = []
     for name, some in rows.groupby("pipeline", sort=False):
@@ -56,7 +58,9 @@ def _quality(rows: pd.DataFrame, score: str, margin: float, resamples: int) -> p
     table["failed"] = rows.groupby("method")["error"].apply(lambda errors: errors.notna().sum())
     if score not in rows:
         return table.assign(score=math.nan)
-    scored = per_prompt(rows, score)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of missing pictures, which are counted as failed
+        scored = per_prompt(rows, score)
     usable = [method for method in methods if FULL in scored and (scored[method].notna() & scored[FULL].notna()).sum() >= 2]
     for method in methods:
         values = scored[method].dropna()
@@ -74,7 +78,7 @@ def _quality(rows: pd.DataFrame, score: str, margin: float, resamples: int) -> p
     tested = [method for method in usable if method == FULL or kinds[method] not in ("full", "no-op")]
     if len(tested) > 1:
         compared = compare(scored[tested], FULL, margin=margin, resamples=resamples)
-        table = table.join(compared[["difference", "low", "high", "p", "p_holm", "non_inferior"]])
+        table = table.join(compared[["n", "difference", "low", "high", "p", "p_holm", "non_inferior"]])
     return table
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 
 from eval.folder import RunFolder, write_json, write_table
-from eval.measuring import Measured
+from eval.measuring import Bench, Measured
 from eval.spec import FULL, NO_OP, Cell, Spec, noise_seed
-from pipelines.generation import Settings
 
 PROBES = 2  # rounds from which the fewer steps are found that match a method; their seconds are not reported
 
@@ -24,9 +23,7 @@ class Watcher:
     def advance(self, amount: float) -> None: ...
 
 
-def one_round(
-    pipe: Any, settings: Settings, cells: Sequence[Cell], spec: Spec, number: int, watcher: Watcher
-) -> list[dict[str, Any]]:
+def one_round(bench: Bench, cells: Sequence[Cell], spec: Spec, number: int, watcher: Watcher) -> list[dict[str, Any]]:
     """A batch of every cell in an order that changes from round to round. A cell that fails has an error instead of seconds."""
     picks = [spec.prompts[(number * spec.timing_batch_size + i) % len(spec.prompts)] for i in range(spec.timing_batch_size)]
     batch = [(prompt, noise_seed(prompt, i)) for i, prompt in enumerate(picks)]
@@ -36,7 +33,7 @@ def one_round(
     for cell in order:
         row: dict[str, Any] = {"method": cell.label, "kind": cell.kind, "round": number, "error": None}
         try:
-            with Measured(pipe, cell, settings) as measured:
+            with Measured(bench, cell) as measured:
                 row |= measured(batch)[1]
         except Exception as error:  # one method that cannot run does not end the others
             row["error"] = f"{type(error).__name__}: {error}"
@@ -79,9 +76,7 @@ def with_baselines(folder: RunFolder, spec: Spec, pipeline: str) -> tuple[Cell, 
     return (*spec.cells, *(Cell(f"{n} steps", (), n, "fewer steps") for n in counts if f"{n} steps" not in own))
 
 
-def take_times(
-    pipe: Any, settings: Settings, folder: RunFolder, spec: Spec, pipeline: str, shared: bool, sitting: int, watcher: Watcher
-) -> None:
+def take_times(bench: Bench, folder: RunFolder, spec: Spec, shared: bool, sitting: int, watcher: Watcher) -> None:
     """Find the baselines of a pipeline if that has not been done, then time all cells, `timing_rounds` times.
 
     A round is written when it is whole, so one that was interrupted is taken again.
@@ -90,21 +85,21 @@ def take_times(
         shared: whether other processes compute on this device at the same time; the rows then say that they cannot be compared.
         sitting: see `RunFolder.sit_down`.
     """
-    index = spec.pipelines.index(pipeline)
+    pipeline, index = bench.name, spec.pipelines.index(bench.name)
     left = [number for number in range(1, spec.timing_rounds + 1) if not folder.timing(index, number).exists()]
     if pipeline in folder.baselines() and not left:
         return
     known = pipeline in folder.baselines()
     cells = with_baselines(folder, spec, pipeline)
     watcher.stage(f"{pipeline}: warm-up for the seconds", len(cells) * (1 if known else 1 + PROBES))
-    one_round(pipe, settings, cells, spec, 0, watcher)
+    one_round(bench, cells, spec, 0, watcher)
     if not known:
-        probes = [row for n in range(PROBES) for row in one_round(pipe, settings, cells, spec, -1 - n, watcher)]
-        found = {str(count): matched for count, matched in matching_steps(probes, settings.steps).items()}
+        probes = [row for n in range(PROBES) for row in one_round(bench, cells, spec, -1 - n, watcher)]
+        found = {str(count): matched for count, matched in matching_steps(probes, bench.settings.steps).items()}
         write_json(folder.path / "baselines.json", folder.baselines() | {pipeline: found})
         cells = with_baselines(folder, spec, pipeline)
     watcher.stage(f"{pipeline}: seconds", len(cells) * spec.timing_rounds, len(cells) * (spec.timing_rounds - len(left)))
     for number in left:
-        rows = one_round(pipe, settings, cells, spec, number, watcher)
+        rows = one_round(bench, cells, spec, number, watcher)
         common = {"pipeline": pipeline, "comparable": not shared, "sitting": sitting}
         write_table(folder.timing(index, number), [common | row for row in rows])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +192,17 @@ def tiny_pixart() -> Callable[..., PixArtSigmaPipeline]:
     Call it with `height=64, width=64, max_sequence_length=8, use_resolution_binning=False`; 64 image tokens of width 32.
     """
     return build_pixart
+
+
+@pytest.fixture(scope="session")
+def flux_path(tiny_flux, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pipelines") / "tiny-flux"
+    tiny_flux().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pixart_path(tiny_pixart, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pipelines") / "tiny-pixart"
+    tiny_pixart().save_pretrained(path)
+    return path

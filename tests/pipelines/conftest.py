@@ -1,4 +1,4 @@
-"""Tiny pipelines on disk, and the command run on them."""
+"""The command, run on tiny pipelines."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-
-
-@pytest.fixture(scope="session")
-def flux_path(tiny_flux, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pipelines") / "tiny-flux"
-    tiny_flux().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def pixart_path(tiny_pixart, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pipelines") / "tiny-pixart"
-    tiny_pixart().save_pretrained(path)
-    return path
 
 
 @pytest.fixture

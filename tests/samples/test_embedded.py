@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, PixArtSigmaPipeline, PixArtTransformer2DModel
+from PIL import Image, ImageFilter
+
+from eval.rewards import load_reward
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 sys.path.append(str(SAMPLES / "training"))
@@ -79,3 +82,36 @@ def test_the_judge_names_what_was_asked_for(name, tmp_path):
     again, recorded = (json.loads((folder / "measured.json").read_text()) for folder in (copy, SAMPLES / name))
     assert again["all"]["top1"] >= EMBEDDED[name][3]
     assert abs(again["all"]["top1"] - recorded["all"]["top1"]) < 0.02  # rounding may flip a picture or two
+
+
+def tiles(name: str) -> list[Image.Image]:
+    """The pictures of a contact sheet, 64 px each: every concept in 3d, flat and cartoon style."""
+    sheet = Image.open(SAMPLES / f"{name}.png").convert("RGB")
+    places = [(i % 18 * 64, i // 18 * 75) for i in range(330)]
+    return [sheet.crop((x, y, x + 64, y + 64)).resize((128, 128), Image.Resampling.BICUBIC) for x, y in places]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_reward_knows_what_the_pipelines_draw(name):
+    """On pictures that it was not trained on in this size and palette: right prompts, right styles and sharp pictures win."""
+    from data import STYLES, concepts, prompt
+
+    reward = load_reward("emoji-reward")
+    pictures = tiles(name)
+    asked = [(concept, style) for concept in concepts() for style in STYLES]
+    own = reward.score([prompt(concept, style) for concept, style in asked], pictures, batch_size=64)
+    another = reward.score([prompt(asked[i - 90][0], style) for i, (_, style) in enumerate(asked)], pictures, batch_size=64)
+    styles = {"3d": "flat", "flat": "cartoon", "cartoon": "3d"}
+    other_style = reward.score([prompt(concept, styles[style]) for concept, style in asked], pictures, batch_size=64)
+    blurred = [picture.filter(ImageFilter.GaussianBlur(4)) for picture in pictures]
+    soft = reward.score([prompt(concept, style) for concept, style in asked], blurred, batch_size=64)
+    wins = {"concept": (own > another).mean(), "style": (own > other_style).mean(), "sharp": (own > soft).mean()}
+    assert min(wins.values()) >= 0.9, wins
+    assert reward.cut([prompt(concept, style) for concept, style in asked]) == 0
+
+
+def test_what_the_reward_was_measured_to_do():
+    measured = json.loads((SAMPLES / "emoji-reward/measured.json").read_text())
+    assert measured["held-out pairs"]["mean of the kinds"] >= 0.95
+    assert measured["all real pictures"]["right prompt first"] >= 0.90 and measured["all real pictures"]["pictures"] == 330
+    assert measured["prompts"] == 330

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline, PixArtSigmaPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from eval.rewards import ImageReward
 
 SCRIPTS = Path(__file__).parents[2] / "samples" / "training"
 SETS = ("noto", "fluent-flat", "fluent-3d", "noto-v1", "twemoji", "emojione")
@@ -58,11 +61,13 @@ class Recipe:
         assert process.returncode == 0, output
         return output
 
-    def flux(self) -> Path:
-        """A trained FLUX, made in a moment if there is none yet: PixArt starts with its T5."""
-        folder = self.work / "emoji-flux"
+    def pipeline(self, family: str) -> Path:
+        """A trained pipeline, made in a moment if there is none yet; PixArt starts with FLUX's T5."""
+        folder = self.work / f"emoji-{family}"
         if not folder.exists():
-            self.run("train", "flux", "--batch", BATCH, "--threads", 1, "--samples-64", BATCH, "--samples-128", 0)
+            if family == "pixart":
+                self.pipeline("flux")
+            self.run("train", family, "--batch", BATCH, "--threads", 1, "--samples-64", BATCH, "--samples-128", 0)
         return folder
 
 
@@ -92,7 +97,7 @@ def test_interrupted_training_goes_on_and_yields_a_stock_pipeline(recipe, family
     checkpoint, sheets = recipe.work / f"emoji-{family}.pt", recipe.work / "sheets"
     settings = (family, "--batch", BATCH, "--threads", 1, "--checkpoint-minutes", 0)
     if family == "pixart":
-        recipe.flux()
+        recipe.pipeline("flux")
     process = recipe.start("train", *settings, "--samples-64", 1_000_000)
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[0]
@@ -145,7 +150,42 @@ def test_judge_is_trained_twice_and_measures_a_pipeline(recipe):
     weights = load_file(folder / "judge.safetensors")
     assert weights["head.1.weight"].shape[0] == CONCEPTS
 
-    output = recipe.run("measure", recipe.flux(), "--every", 9, "--threads", 1, "--judge", folder)
+    output = recipe.run("measure", recipe.pipeline("flux"), "--every", 9, "--threads", 1, "--judge", folder)
     assert "trained" in output
     assert "held_out" in output
     assert (recipe.work / "emoji-flux.png").exists()
+
+
+def test_reward_learns_from_samples_that_were_stopped(recipe):
+    for family in ("flux", "pixart"):
+        recipe.pipeline(family)
+    recipe.run("stopped", "--batch", 36, "--threads", 1, "--folder", recipe.work)
+    for name in ("flux", "pixart"):
+        samples = load_file(recipe.work / f"stopped-{name}.safetensors")["pictures"]
+        assert samples.shape == (3 * CONCEPTS, 5, 3, 128, 128) and samples.dtype == torch.uint8
+        assert not torch.equal(samples[:, 0], samples[:, -1])
+
+    folder, settings = recipe.work / "emoji-reward", ("--batch", BATCH, "--threads", 1, "--draws", 1)
+    settings += ("--vae-path", recipe.work / "vae", "--out", recipe.work / "emoji-reward")
+    recipe.run("reward", "--naming", 8, "--ranking", 0, *settings)
+    recipe.run("reward", "--naming", 8, "--ranking", 8, *settings)
+    assert torch.load(recipe.work / "emoji-reward.pt", weights_only=True)["done"] == 16
+    measured = json.loads((folder / "measured.json").read_text())
+    assert measured["prompts"] == 3 * CONCEPTS
+    assert {"concept", "style", "blur", "noise", "blocking", "colour", "shuffle", "stopped early"} < set(measured["held-out pairs"])
+    picture = Image.fromarray(samples[0, 0].permute(1, 2, 0).numpy())
+    (score,) = ImageReward.from_checkpoint(folder).score(["grapes, 3d style"], [picture])
+    assert -10 < score < 10
+
+
+def test_degradations_grow_with_their_strength():
+    sys.path.append(str(SCRIPTS))
+    from degrade import DEGRADATIONS, degrade
+
+    image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    image = torch.nn.functional.avg_pool2d(image[None], 9, stride=1, padding=4)[0] * 2
+    for kind in DEGRADATIONS:
+        versions = degrade(image, kind, [0.0, 0.1, 0.4, 0.9], torch.Generator().manual_seed(1))
+        errors = [(version - image).square().mean().item() for version in versions]
+        assert errors[0] < 1e-12 and errors == sorted(errors) and errors[1] > 1e-5, (kind, errors)
+        assert all(version.shape == image.shape for version in versions)

@@ -1,0 +1,116 @@
+"""The table of a run against figures worked out by hand or by scipy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from eval.runs import with_flops
+from eval.summary import summarise
+
+METHODS = {"full": "full", "no-op cache": "no-op", "cache": "method", "10 steps": "fewer steps"}
+STEPS = {"full": 20, "no-op cache": 20, "cache": 20, "10 steps": 10}
+
+
+def made(prompts=12, seeds=3, pipelines=("p",)):
+    rng = np.random.default_rng(0)
+    rows, times = [], []
+    for pipeline in pipelines:
+        for prompt in range(prompts):
+            for seed in range(seeds):
+                base = rng.normal()
+                for method, kind in METHODS.items():
+                    loss = {"cache": 0.3, "10 steps": 0.01}.get(method, 0)
+                    error = {"cache": float(prompt), "10 steps": 4.0, "no-op cache": 0.0}.get(method)
+                    rows.append(
+                        {
+                            "pipeline": pipeline,
+                            "method": method,
+                            "kind": kind,
+                            "prompt": f"prompt {prompt}",
+                            "seed": seed,
+                            "steps": STEPS[method],
+                            "reward": base - loss * (1 + rng.normal() / 10),
+                            "error": None,
+                            "squared_error": error,
+                            "ssim": None if error is None else 1 - error / 100,
+                            "flops": {"cache": 25.0, "no-op cache": 100.0}.get(method),
+                            "full_flops": {"cache": 100.0, "no-op cache": 100.0}.get(method),
+                        }
+                    )
+        for number, slow in enumerate((1.0, 1.5, 4.0), start=1):
+            for method, kind in METHODS.items():
+                seconds = {"full": 8.0, "no-op cache": 8.0, "cache": 2.0 + (number == 2), "10 steps": 4.0}[method] * slow
+                row = {"pipeline": pipeline, "method": method, "kind": kind, "round": number, "steps": STEPS[method], "error": None}
+                row |= {"denoising_seconds": seconds, "seconds": seconds + 2 * slow, "comparable": True, "cache_bytes": 7.0}
+                row |= {name: rows[list(METHODS).index(method)][name] for name in ("flops", "full_flops")}
+                times.append(row | {"peak_memory": None})
+    return with_flops(pd.DataFrame(rows)), with_flops(pd.DataFrame(times))
+
+
+@pytest.fixture(scope="module")
+def table():
+    rows, times = made()
+    return summarise(rows, times, score="reward", margin=0.1, resamples=2000).set_index("method")
+
+
+def test_scores_are_means_over_prompts_and_differences_are_paired(table):
+    rows, _ = made()
+    means = rows.groupby(["method", "prompt"])["reward"].mean().unstack(0)
+    for method in METHODS:
+        assert table.at[method, "score"] == pytest.approx(means[method].mean())
+        assert table.at[method, "score_low"] < table.at[method, "score"] < table.at[method, "score_high"]
+    difference = means["cache"] - means["full"]
+    assert table.at["cache", "difference"] == pytest.approx(difference.mean())
+    theirs = stats.bootstrap((difference,), np.mean, n_resamples=9999, random_state=1).confidence_interval
+    assert (table.at["cache", "low"], table.at["cache", "high"]) == pytest.approx(theirs, abs=0.01)
+    assert table.at["cache", "p"] < 0.002 and not table.at["cache", "non_inferior"] and table.at["10 steps", "non_inferior"]
+    assert table.loc[["full", "no-op cache"], "difference"].isna().all()
+    assert table.at["cache", "p_holm"] == pytest.approx(2 * table.at["cache", "p"])  # two methods: the no-op cache is not tested
+    assert (table["n"].dropna() == 12).all() and (table["pictures"] == 36).all() and (table["failed"] == 0).all()
+
+
+def test_fidelity_is_of_the_mean_error_and_identical_pairs_count(table):
+    assert table.at["cache", "psnr"] == pytest.approx(10 * math.log10(255**2 / 5.5))
+    assert table.at["cache", "psnr_low"] < table.at["cache", "psnr"] < table.at["cache", "psnr_high"]
+    assert table.at["cache", "identical"] == pytest.approx(1 / 12) and table.at["cache", "ssim"] == pytest.approx(1 - 0.055)
+    assert table.at["no-op cache", "identical"] == 1 and math.isinf(table.at["no-op cache", "psnr"])
+    assert pd.isna(table.at["full", "psnr"]) and pd.isna(table.at["full", "identical"])
+
+
+def test_speed_ups_are_taken_within_rounds(table):
+    """The machine is four times slower in one round, which changes no ratio."""
+    assert table.at["cache", "speedup"] == 4 and table.at["10 steps", "speedup"] == 2 and table.at["full", "speedup"] == 1
+    assert table.at["cache", "speedup_low"] == pytest.approx(np.quantile([4, 8 / 3, 4], 0.25))
+    assert table.at["cache", "end_to_end_speedup"] == pytest.approx(np.median([10 / 4, 10 / 5, 10 / 4]))
+    assert table.at["cache", "seconds"] == 4.5 and table.at["cache", "flops_ratio"] == 4 and table.at["10 steps", "flops"] == 50
+    assert set(table.index[table["pareto"]]) == {"full", "10 steps", "cache"}
+
+
+def test_a_method_that_always_fails_is_counted_and_hurts_nothing():
+    rows, times = made()
+    alone = summarise(rows, times, score="reward", margin=0.1, resamples=500).set_index("method")
+    broken = rows[rows["method"] == "cache"].assign(method="broken", error="no", reward=None, squared_error=None, ssim=None)
+    failed = times[times["method"] == "cache"].assign(method="broken", error="no", seconds=None, denoising_seconds=None)
+    some = rows.copy()
+    lost = (some["method"] == "cache") & (some["prompt"] == "prompt 3")
+    some.loc[lost, ["reward", "squared_error", "ssim"]] = None
+    some.loc[lost, "error"] = "no"
+    result = summarise(pd.concat([some, broken]), pd.concat([times, failed]), score="reward", margin=0.1, resamples=500).set_index(
+        "method"
+    )
+    assert result.at["broken", "failed"] == 36 and result.at["broken", "pictures"] == 0 and pd.isna(result.at["broken", "score"])
+    assert not result.at["broken", "pareto"] and pd.isna(result.at["broken", "speedup"])
+    assert result.at["cache", "failed"] == 3 and result.at["cache", "n"] == 11
+    pd.testing.assert_series_equal(result.loc["10 steps"], alone.loc["10 steps"], check_dtype=False)
+
+
+def test_pipelines_are_apart():
+    rows, times = made(pipelines=("p", "q"))
+    both = summarise(rows, times, score="reward", margin=0.1, resamples=500)
+    one = summarise(*(frame[frame["pipeline"] == "q"] for frame in (rows, times)), score="reward", margin=0.1, resamples=500)
+    pd.testing.assert_frame_equal(both[both["pipeline"] == "q"].reset_index(drop=True), one)
