@@ -22,7 +22,7 @@ WIDTH = 4.4  # inches; with text of 10 points this can be read when the figure i
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, without black and yellow
 MARKERS = ("o", "s", "^", "D", "v", "P", "p")
 PLAIN = {"full": ("#000000", "*"), "no-op": ("#767676", "x"), "fewer steps": ("#767676", "o")}
-NAMED = 12  # methods that a legend names one by one; of more it names the series
+NAMED = 16  # methods that a legend names one by one; of more it names the series
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,

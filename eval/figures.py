@@ -139,7 +139,7 @@ def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) ->
         axes.spines[:].set_visible(False)
         axes.set_title(f"#{row.number}\nuniformity {one['uniformity']:.3f}", fontsize=9, loc="center")
     figure.suptitle(wrapped(part["pipeline"].iloc[0], 44), x=0.02, ha="left", fontsize=10)
-    bar = figure.colorbar(image, ax=grid, location="bottom", aspect=25, pad=0.1 / tall, format=PercentFormatter(1.0))
+    bar = figure.colorbar(image, ax=grid, location="bottom", aspect=25, pad=0.1 / tall, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("share of the selections that computed a place")
     rows = [
         {"number": row.number, "method": row.method, "row": i, "column": j, "share": value, **{k: one[k] for k in FIGURES}}

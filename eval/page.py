@@ -153,7 +153,8 @@ def findings(table: pd.DataFrame, margin: float) -> list[str]:
 def fastest(part: pd.DataFrame) -> str:
     row = part.loc[part["speedup"].idxmax()].to_dict()
     gain, loss = speedup(row), interval(row["difference"], row["low"], row["high"], "+.3f")
-    return f"{row['method']} (#{row['number']}), measured speed-up {gain.text} {gain.note}, difference {loss.text} {loss.note}"
+    speed, quality = f"{gain.text}, quartiles {gain.note}", f"{loss.text}, 95 % interval {loss.note}"
+    return f"{row['method']} (#{row['number']}), measured speed-up {speed}, difference {quality}"
 
 
 def count(amount: int, thing: str) -> str:
