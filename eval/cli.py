@@ -120,6 +120,24 @@ def run(
             raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the report.", show_default="RUN/report")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+) -> None:
+    """Write one HTML page about a run that needs nothing but itself, and its figures as PNG and CSV.
+
+    Quality against measured seconds, seconds against FLOPs, differences prompt by prompt, the worst and the best pictures beside
+    their twins in full, selection maps, and how all of it was measured. Of a run that is not finished, what is there.
+    """
+    with plain_errors(debug):
+        from eval.folder import RunFolder
+        from eval.report import write_report
+
+        typer.echo(write_report(RunFolder(folder), output or folder / "report"))
+
+
 @contextmanager
 def watching() -> Iterator[Watcher]:
     """A bar for every stage, with the time that is left."""

@@ -171,6 +171,7 @@ def with_flops(table: pd.DataFrame) -> pd.DataFrame:
     noop = table[(table["method"] == NO_OP) & table["error"].isna()]
     a_step = (noop["full_flops"] / noop["steps"]).groupby(noop["pipeline"]).median()
     plain = table["flops"].isna() & table["error"].isna()
-    table.loc[plain, "full_flops"] = table.loc[plain, "steps"] * table.loc[plain, "pipeline"].map(a_step)
+    steps, each = table.loc[plain, "steps"], table.loc[plain, "pipeline"].map(a_step)
+    table.loc[plain, "full_flops"] = steps.astype(float) * each.astype(float)
     table.loc[plain, "flops"] = table.loc[plain, "full_flops"]
     return table

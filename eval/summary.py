@@ -30,14 +30,16 @@ def summarise(rows: pd.DataFrame, times: pd.DataFrame, *, score: str, margin: fl
         `pipeline`, `method`, `kind`, `pictures`, `failed`; `score` with `score_low` and `score_high`; `difference` to full over
         `n` prompts with `low`, `high`, `p`, `p_holm` and `non_inferior`; `psnr` with `psnr_low` and `psnr_high`, of the mean
         squared error; `ssim`; `identical`, the share of pictures that are; `seconds` of denoising and `end_to_end`, medians, with
-        `seconds_iqr`; `speedup` and `end_to_end_speedup`, medians over rounds of full over method in the same round, with
-        `speedup_low` and `speedup_high` their quartiles; `flops` of a picture and `flops_ratio`; `cache_bytes`, `peak_memory`;
-        `comparable`, whether the seconds are; `pareto`, whether no method of the pipeline is both faster and better. What could
-        not be measured is NaN.
+        `seconds_iqr`, `seconds_low` and `seconds_high`, their quartiles; `speedup` and `end_to_end_speedup`, medians over rounds
+        of full over method in the same round, with `speedup_low` and `speedup_high` their quartiles; `flops` of a picture and
+        `flops_ratio`; `cache_bytes`, `peak_memory`; `comparable`, whether the seconds are; `pareto`, whether no method of the
+        pipeline is both faster and better. What could not be measured is NaN.
     """
     parts = []
     for name, some in rows.groupby("pipeline", sort=False):
         part = _quality(some, score, margin, resamples).join(_cost(times[times["pipeline"] == name]))
+        for column in {"score", "seconds"} - set(part):  # nothing was scored, or timed
+            part[column] = math.nan
         known = part["score"].notna() & part["seconds"].notna() & (part["kind"] != "no-op")
         part["pareto"] = False
         part.loc[known, "pareto"] = pareto(part.loc[known, "seconds"], part.loc[known, "score"])
@@ -67,7 +69,7 @@ def _quality(rows: pd.DataFrame, score: str, margin: float, resamples: int) -> p
             table.loc[method, ["score", "score_low", "score_high"]] = [found.mean, found.low, found.high]
         errors = rows.loc[(rows["method"] == method) & rows["error"].isna()]
         if kinds[method] != "full" and "squared_error" in errors and errors["squared_error"].notna().any():
-            table.loc[method, ["ssim", "identical"]] = [errors["ssim"].mean(), (errors["squared_error"] == 0).mean()]
+            table.loc[method, ["ssim", "identical"]] = [errors["ssim"].mean(), (errors["squared_error"].dropna() == 0).mean()]
             by_prompt = errors.groupby("prompt")["squared_error"].mean()
             if len(by_prompt) >= 2:
                 error = mean_interval(by_prompt, resamples=resamples)
@@ -93,6 +95,8 @@ def _cost(times: pd.DataFrame) -> pd.DataFrame:
         result[method] = {
             "seconds": own["denoising_seconds"].median(),
             "seconds_iqr": high - low,
+            "seconds_low": low,
+            "seconds_high": high,
             "end_to_end": own["seconds"].median(),
             "speedup": ratio.median(),
             "speedup_low": ratio.quantile(0.25),

@@ -45,7 +45,7 @@ def sentence(error: Exception) -> str:
 
     if type(error).__name__ == "OutOfMemoryError":
         return "The device has too little memory for this: try --offload model, a smaller --height and --width, or --batch-size 1."
-    if isinstance(error, (LoadError, ValueError)):
+    if isinstance(error, (LoadError, ValueError)) or (isinstance(error, FileNotFoundError) and not error.filename):
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}."
