@@ -3,8 +3,8 @@
     python samples/training/reward.py
 
 Needs the pictures of prepare.py, the autoencoder and the samples of stopped.py. The vision transformer first learns to name
-concept and style, in place of BLIP's pretraining; then everything learns from pairs. Goes on from its checkpoint. Drawings that
-the generators never saw are not shown here either, and are what `measured.json` is about.
+concept and style, in place of BLIP's pretraining; then everything learns from pairs, and goes on naming. An interrupted training
+goes on from its checkpoint. Drawings that the generators never saw are not shown here either, and are what `measured.json` is about.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TEXT = {
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
 }
-WRONG = 8  # pictures of other concepts that each right one is compared with
+WRONG = 12  # pictures of other concepts that each right one is compared with
 SAMPLED = 0.3  # share of prompts whose picture is a sample of the pipelines
 
 
@@ -126,11 +126,8 @@ class Model(torch.nn.Module):
             last.bias.copy_((last.bias - MEAN - STD * scores.mean()) / scores.std() + MEAN)
 
 
-def naming_loss(model: Model, real: list[Drawing], batch: int, rng: random.Random, generator: torch.Generator) -> Tensor:
-    """Cross-entropy of concept and style, on roughened pictures."""
-    chosen = rng.choices(real, k=batch)
-    images = augment(torch.stack([drawing.picture(rng.randrange(2)) for drawing in chosen]), generator).clamp(-1, 1)
-    first = model.see(images)[:, 0]
+def naming_loss(model: Model, first: Tensor, chosen: list[Drawing]) -> Tensor:
+    """Cross-entropy of concept and style, from the first token [n, width] of these drawings' pictures."""
     codes, styles = [concept.code for concept in concepts()], list(STYLES)
     labels = torch.tensor([codes.index(drawing.concept.code) for drawing in chosen])
     loss = F.cross_entropy(model.names[0](first), labels, label_smoothing=0.05)
@@ -145,16 +142,24 @@ def asked_for(drawing: Drawing, rng: random.Random) -> str:
     return rng.choice(("{}", "a {}", "the {}")).format(name)
 
 
+def roughened(model: Model, real: list[Drawing], batch: int, rng: random.Random, generator: torch.Generator) -> Tensor:
+    """The naming loss of drawings that were turned, recoloured, covered, blurred."""
+    chosen = rng.choices(real, k=batch)
+    images = augment(torch.stack([drawing.picture(rng.randrange(2)) for drawing in chosen]), generator).clamp(-1, 1)
+    return naming_loss(model, model.see(images)[:, 0], chosen)
+
+
 def ranking_scores(
     model: Model, found: dict[str, list[Drawing]], batch: int, rng: random.Random, generator: torch.Generator
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Scores of better and of worse pictures for the same prompts (or prompts for the same pictures), by kind of preference."""
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """Scores of better and of worse pictures for the same prompts (or prompts for the same pictures), by kind of preference;
+    and the naming loss of the right pictures. Every other prompt has degraded pictures."""
     styled: dict[tuple[str, str], list[Drawing]] = {}
     for drawing in found["real"] + found["sampled"]:
         styled.setdefault((drawing.concept.code, drawing.style), []).append(drawing)
     images: list[list[Tensor]] = [[], [], [], []]  # right; weakly and strongly degraded; in another style
-    prompts, other_prompts, comparable, codes = [], [], [], []
-    for _ in range(batch):
+    prompts, other_prompts, comparable, drawn = [], [], [], []
+    for number in range(batch):
         drawing = rng.choice(found["sampled" if rng.random() < SAMPLED else "real"])
         sampled = len(drawing.versions) > 2
         right = drawing.picture() if sampled else move(drawing.picture(rng.randrange(2)), generator)
@@ -162,31 +167,39 @@ def ranking_scores(
         others = [style for style in STYLES if style != drawing.style and (drawing.concept.code, style) in styled]
         comparable.append(bool(drawing.style) and drawing.style in text and bool(others))
         style = rng.choice(others)
-        if sampled and rng.random() < 0.6:
+        worse = []
+        if number % 2:
+            pass
+        elif sampled and rng.random() < 0.6:
             worse = [drawing.picture(version) for version in sorted(rng.sample(range(1, len(drawing.versions)), 2))]
         else:
             weak = rng.uniform(0.08, 0.5)
             worse = degrade(right, rng.choice(DEGRADATIONS), [weak, weak + rng.uniform(0.2, 0.5)], generator)
         another = rng.choice(styled[drawing.concept.code, style])
-        for row, image in zip(images, (right, *worse, move(another.picture(), generator)), strict=True):
+        images[0].append(right)
+        for row, image in zip(images[1:3], worse, strict=False):
             row.append(image)
+        images[3].append(move(another.picture(), generator))
         prompts.append(text)
         other_prompts.append(prompt(drawing.concept, style))
-        codes.append(drawing.concept.code)
-    right, weak, strong, other_style = model.see(torch.stack(sum(images, []))).chunk(4)
+        drawn.append(drawing)
+    right, weak, strong, other_style = model.see(torch.stack(sum(images, []))).split([len(row) for row in images])
     wrong = [torch.arange(batch).roll(-k) for k in range(1, WRONG + 1)]
-    seen = torch.cat([right, weak, strong, other_style, right, *(right[places] for places in wrong)])
-    scores = model.score(prompts * 4 + other_prompts + prompts * WRONG, seen).view(-1, batch)
-    differ = torch.tensor([[codes[i] != codes[j] for i, j in enumerate(places.tolist())] for places in wrong])
+    seen = torch.cat([weak, strong, right, other_style, right, *(right[places] for places in wrong)])
+    half = prompts[::2]
+    scores = model.score(half + half + prompts + prompts + other_prompts + prompts * WRONG, seen)
+    weak, strong, scores = scores[: len(half)], scores[len(half) : 2 * len(half)], scores[2 * len(half) :].view(-1, batch)
+    differ = torch.tensor([[drawn[i].concept != drawn[j].concept for i, j in enumerate(places.tolist())] for places in wrong])
     right_of_wrong = torch.stack([scores[0][places] for places in wrong])
-    styles = torch.tensor(comparable)
-    return {
-        "concept": (scores[0].expand(WRONG, -1)[differ], scores[5:][differ]),
-        "concept of the prompt": (right_of_wrong[differ], scores[5:][differ]),
-        "style": (scores[0][styles], scores[3][styles]),
-        "style of the prompt": (scores[0][styles], scores[4][styles]),
-        "degraded": (torch.cat([scores[0], scores[1], scores[0]]), torch.cat([scores[1], scores[2], scores[2]])),
+    styles, clean = torch.tensor(comparable), scores[0][::2]
+    kinds = {
+        "concept": (scores[0].expand(WRONG, -1)[differ], scores[3:][differ]),
+        "concept of the prompt": (right_of_wrong[differ], scores[3:][differ]),
+        "style": (scores[0][styles], scores[1][styles]),
+        "style of the prompt": (scores[0][styles], scores[2][styles]),
+        "degraded": (torch.cat([clean, weak, clean]), torch.cat([weak, strong, strong])),
     }
+    return kinds, naming_loss(model, right[:, 0], drawn)
 
 
 def ranking_loss(scores: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
@@ -244,7 +257,7 @@ def measure(model: Model, found: dict[str, list[Drawing]], draws: int) -> dict[s
 
 def main(
     naming: int = typer.Option(60_000, help="Pictures named by the vision transformer at first."),
-    ranking: int = typer.Option(25_000, help="Prompts that are then asked with right and wrong pictures."),
+    ranking: int = typer.Option(62_000, help="Prompts that are then asked with right and wrong pictures."),
     batch: int = typer.Option(32),
     lr: float = typer.Option(1e-3),
     draws: int = typer.Option(8, help="Degraded versions of each held-out picture and kind that are measured."),
@@ -275,9 +288,10 @@ def main(
             torch.manual_seed(done)  # dropout
             rank = done >= naming
             if rank:
-                loss = ranking_loss(ranking_scores(model, found, batch, rng, generator))
+                scores, naming_of_right = ranking_scores(model, found, batch, rng, generator)
+                loss = ranking_loss(scores) + 0.3 * naming_of_right
             else:
-                loss = naming_loss(model, found["real"], batch, rng, generator)
+                loss = roughened(model, found["real"], batch, rng, generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             progress_of_stage = (done - naming) / ranking if rank else done / naming
@@ -298,7 +312,7 @@ def main(
     model.eval()
     with torch.no_grad():
         lists = [ranking_scores(model, found, batch, random.Random(i), torch.Generator().manual_seed(i)) for i in range(8)]
-        model.set_scale(torch.cat([scores for kinds in lists for pair in kinds.values() for scores in pair]))
+        model.set_scale(torch.cat([scores for kinds, _ in lists for pair in kinds.values() for scores in pair]))
     weights = {original_name(name): weight.half().float() for name, weight in model.net.state_dict().items()}
     reward = build_image_reward(VISION, model.text_config, weights, model.vocab)
     model.net = reward.net  # measure what ships
