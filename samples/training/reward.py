@@ -4,7 +4,7 @@
 
 Needs the pictures of prepare.py, the autoencoder and the samples of stopped.py. The vision transformer first learns to name
 concept and style, in place of BLIP's pretraining; then everything learns from pairs, and goes on naming. An interrupted training
-goes on from its checkpoint. Drawings that the generators never saw are not shown here either, and are what `measured.json` is about.
+goes on from its checkpoint. Drawings that the generators never saw are not shown here either: `measured.json` is about them.
 """
 
 from __future__ import annotations
