@@ -45,7 +45,7 @@ def run(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="YAML of one grid, as 'cache: {selector: [random, drift]}'; may be repeated.", rich_help_panel=CHANGES),
+        typer.Option(help=r"YAML of one grid, as 'cache: {selector: \[random, drift]}'; may be repeated.", rich_help_panel=CHANGES),
     ] = None,
     score: Annotated[
         list[str] | None,
@@ -71,7 +71,7 @@ def run(
     offload: Annotated[str | None, typer.Option(help="none, model, group or sequential.", rich_help_panel=MACHINE)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.", rich_help_panel=MACHINE)] = False,
 ) -> None:
-    """Make, score, compare and time the pictures of every method. Interrupted at any moment, the same command goes on.
+    r"""Make, score, compare and time the pictures of every method. Interrupted at any moment, the same command goes on.
 
     Runs in full, with fewer steps and with a cache that caches nothing are added by themselves. On several GPUs or machines, put
     [bold]accelerate launch -m eval.cli[/] in place of dit-accel-eval.
@@ -80,7 +80,7 @@ def run(
 
       dit-accel-eval run eval/specs/quick.yaml
 
-      dit-accel-eval run --pipeline emoji-flux --prompts prompts.txt --method 'cache: {selector: [random, drift], interval: [3, 5]}'
+      dit-accel-eval run --pipeline emoji-flux --prompts prompts.txt --method 'cache: {selector: \[random, drift], interval: \[3, 5]}'
 
     The exit code is 1 if a picture or a method failed; the rows say why.
     """

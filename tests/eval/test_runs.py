@@ -246,3 +246,8 @@ def test_steps_that_match_a_method():
     rows = [row | {"error": None} for row in rows] + [rows[2] | {"method": "broken", "error": "no", "denoising_seconds": None}]
     assert matching_steps(rows, 20) == {8: ["seconds of fast", "FLOPs of slow"], 5: ["FLOPs of fast"]}
     assert matching_steps(rows[1:], 20) == {}
+
+
+def test_help_shows_the_grids_whole():
+    shown = CliRunner().invoke(cli.app, ["run", "--help"], env={"COLUMNS": "200"}).output
+    assert "{selector: [random, drift]}" in shown and "{selector: [random, drift], interval: [3, 5]}" in shown
