@@ -80,7 +80,7 @@ def run(
 
       dit-accel-eval run eval/specs/quick.yaml
 
-      dit-accel-eval run --pipeline emoji-flux --prompts prompts.txt --method 'cache: {selector: \[random, drift], interval: \[3, 5]}'
+      dit-accel-eval run --pipeline emoji-flux --prompts my.txt --method 'cache: {selector: \[random, drift], interval: \[3, 5]}'
 
     The exit code is 1 if a picture or a method failed; the rows say why.
     """
