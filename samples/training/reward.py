@@ -13,7 +13,7 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +46,8 @@ TEXT = {
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
 }
-WRONG = 12  # pictures of other concepts that each right one is compared with
+WRONG = 8  # pictures of other concepts that each right one is compared with
+CLOSE = 4  # prompts of concepts it is easily taken for that each right picture is compared for
 SAMPLED = 0.3  # share of prompts whose picture is a sample of the pipelines
 
 
@@ -149,6 +150,18 @@ def roughened(model: Model, real: list[Drawing], batch: int, rng: random.Random,
     return naming_loss(model, model.see(images)[:, 0], chosen)
 
 
+@torch.no_grad()
+def close_prompts(model: Model, first: Tensor, drawn: list[Drawing], rng: random.Random) -> list[str]:
+    """Prompts of concepts that these drawings are easily taken for, to judge by the names given to their first token: CLOSE times
+    one for every drawing."""
+    likely = model.names[0](first).topk(2 * CLOSE + 1).indices.tolist()
+    asked = []
+    for drawing, places in zip(drawn, likely, strict=True):
+        others = [concepts()[place] for place in places if concepts()[place] != drawing.concept]
+        asked.append([asked_for(replace(drawing, concept=concept), rng) for concept in rng.sample(others, CLOSE)])
+    return [text for row in zip(*asked, strict=True) for text in row]
+
+
 def ranking_scores(
     model: Model, found: dict[str, list[Drawing]], batch: int, rng: random.Random, generator: torch.Generator
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
@@ -185,16 +198,19 @@ def ranking_scores(
         drawn.append(drawing)
     right, weak, strong, other_style = model.see(torch.stack(sum(images, []))).split([len(row) for row in images])
     wrong = [torch.arange(batch).roll(-k) for k in range(1, WRONG + 1)]
-    seen = torch.cat([weak, strong, right, other_style, right, *(right[places] for places in wrong)])
+    close = close_prompts(model, right[:, 0], drawn, rng)
+    seen = torch.cat([weak, strong, right, other_style, right, *(right[places] for places in wrong), *[right] * CLOSE])
     half = prompts[::2]
-    scores = model.score(half + half + prompts + prompts + other_prompts + prompts * WRONG, seen)
+    scores = model.score(half + half + prompts + prompts + other_prompts + prompts * WRONG + close, seen)
     weak, strong, scores = scores[: len(half)], scores[len(half) : 2 * len(half)], scores[2 * len(half) :].view(-1, batch)
     differ = torch.tensor([[drawn[i].concept != drawn[j].concept for i, j in enumerate(places.tolist())] for places in wrong])
     right_of_wrong = torch.stack([scores[0][places] for places in wrong])
     styles, clean = torch.tensor(comparable), scores[0][::2]
+    another_concept, close_concept = scores[3:].split([WRONG, CLOSE])
     kinds = {
-        "concept": (scores[0].expand(WRONG, -1)[differ], scores[3:][differ]),
-        "concept of the prompt": (right_of_wrong[differ], scores[3:][differ]),
+        "concept": (scores[0].expand(WRONG, -1)[differ], another_concept[differ]),
+        "concept of the prompt": (right_of_wrong[differ], another_concept[differ]),
+        "close concept": (scores[0].repeat(CLOSE), close_concept.flatten()),
         "style": (scores[0][styles], scores[1][styles]),
         "style of the prompt": (scores[0][styles], scores[2][styles]),
         "degraded": (torch.cat([clean, weak, clean]), torch.cat([weak, strong, strong])),
