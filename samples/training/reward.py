@@ -273,7 +273,7 @@ def measure(model: Model, found: dict[str, list[Drawing]], draws: int) -> dict[s
 
 def main(
     naming: int = typer.Option(60_000, help="Pictures named by the vision transformer at first."),
-    ranking: int = typer.Option(50_000, help="Prompts that are then asked with right and wrong pictures."),
+    ranking: int = typer.Option(90_000, help="Prompts that are then asked with right and wrong pictures."),
     batch: int = typer.Option(32),
     lr: float = typer.Option(1e-3),
     draws: int = typer.Option(8, help="Degraded versions of each held-out picture and kind that are measured."),
