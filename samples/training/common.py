@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def copy_card(folder: Path) -> None:
+    """A finished model gets the card that lies beside its folder in samples/, if its name has one."""
+    card = Path(__file__).parent.parent / f"{folder.name}.md"
+    if card.exists():
+        shutil.copy(card, folder / "README.md")
 
 
 def sheet(pictures: torch.Tensor, columns: int, path: Path) -> None:

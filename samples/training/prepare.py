@@ -3,7 +3,7 @@
     python samples/training/prepare.py
 
 Needs npm, and resvg-py from the `training` extra. Fluent and Noto are what the generators see; Noto v1 joins them for the
-autoencoder; Twemoji and EmojiOne (CC BY 4.0) are seen by the judge alone.
+autoencoder; Twemoji and EmojiOne (CC BY 4.0) are seen by the judge and the reward.
 """
 
 from __future__ import annotations

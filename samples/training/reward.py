@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig
 
-from common import load_checkpoint, save_checkpoint
+from common import copy_card, load_checkpoint, save_checkpoint
 from data import STYLES, WORK, Concept, all_captions, caption, concepts, pairs, pictures, prompt
 from degrade import DEGRADATIONS, degrade, move
 from eval.rewards.image_reward import MEAN, SPECIAL, STD, build_image_reward, build_net, original_name, read_vocabulary
@@ -335,6 +335,7 @@ def main(
     measured = measure(model, found, draws)
     reward.net.half()  # the folder takes half the room; it is computed in float32 again
     reward.save(out)
+    copy_card(out)
     (out / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     typer.echo(json.dumps(measured, indent=1))
 

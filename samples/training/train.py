@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import time
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from diffusers import (
 from rich.progress import Progress, TimeElapsedColumn
 from transformers import T5EncoderModel
 
-from common import load_checkpoint, save_checkpoint, sheet
+from common import copy_card, load_checkpoint, save_checkpoint, sheet
 from data import STYLES, WORK, caption, pairs, pictures, prompt
 from text import LENGTH, WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 
@@ -192,9 +191,7 @@ def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> Non
     settings = json.loads(config.read_text())
     settings.pop("block_out_channels", None)
     config.write_text(json.dumps(settings, indent=2) + "\n")
-    card = Path(__file__).parent.parent / f"{folder.name}.md"
-    if card.exists():
-        shutil.copy(card, folder / "README.md")
+    copy_card(folder)
 
 
 def learning_rate(done: float, stage_one: float, total: float) -> float:
