@@ -15,9 +15,9 @@ from dit_accel.state import Call, Matched, Run
 
 
 def on_meta(value: Any) -> Any:
-    """The same nest of lists, tuples and dicts with tensors that have a shape and a type but no numbers."""
+    """The same nest of lists, tuples and dicts with tensors that have a shape but no numbers; floating ones in the copy's float32."""
     if isinstance(value, torch.Tensor):
-        return torch.empty_like(value, device="meta")
+        return torch.empty_like(value, device="meta", dtype=torch.float32 if value.is_floating_point() else value.dtype)
     if isinstance(value, dict):
         return {key: on_meta(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
-from dit_accel import TokenCacheConfig, TokenMergeConfig
+from dit_accel import TokenCacheConfig, TokenMergeConfig, flops
 from dit_accel.schedule import Mode
 
 PIXART = {"use_resolution_binning": False, "clean_caption": False, "guidance_scale": 3.0}
@@ -64,6 +64,19 @@ def test_reported_flops_are_those_executed(tiny_flux, tiny_pixart, family, setti
     assert report.full_flops == full
     assert report.flops_ratio == full / cached
     assert report.to_dict()["flops"] == cached
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_flops_do_not_depend_on_the_precision(tiny_flux, tiny_pixart, monkeypatch, family, dtype):
+    pipe, call = (tiny_pixart(), PIXART) if family == "pixart" else (tiny_flux(), {})
+    counts = []
+    for kind in (torch.float32, dtype):
+        monkeypatch.setattr(flops, "_KNOWN", {})
+        dit_accel.apply(pipe.to(kind), [TokenCacheConfig(interval=3), TokenMergeConfig()])
+        pipe("a red apple", height=64, width=48, num_inference_steps=6, max_sequence_length=8, output_type="latent", **call)
+        counts.append(dit_accel.report(pipe).flops)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
