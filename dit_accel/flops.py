@@ -15,7 +15,7 @@ from dit_accel.state import Call, Matched, Run
 
 
 def on_meta(value: Any) -> Any:
-    """The same nest of lists, tuples and dicts with tensors that have a shape but no numbers; floating ones in the copy's float32."""
+    """The same nest of lists, tuples and dicts with tensors without numbers; floating ones are float32, as the copy is."""
     if isinstance(value, torch.Tensor):
         return torch.empty_like(value, device="meta", dtype=torch.float32 if value.is_floating_point() else value.dtype)
     if isinstance(value, dict):
