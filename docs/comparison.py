@@ -61,14 +61,11 @@ class Family:
         errors = per_prompt(self.rows[self.rows["kind"] == "method"], "squared_error")
         self.likeness = -10 * np.log10(errors)  # of a prompt, in dB: the mean squared error of its pictures
 
-    def against(self, table: pd.DataFrame, interval: int, age: float = 0) -> pd.DataFrame:
-        """Methods of an interval and age weight against `random` with the same, paired over prompts; by selector."""
-        methods = {found[1]: method for method in table if (found := setting(method)) and found[0] == interval}
-        if age:
-            methods.pop("none", None)
-        methods = {name: label(interval, name, age) for name in methods if label(interval, name, age) in table}
-        compared = compare(table[list(methods.values())], methods[REFERENCE], margin=self.spec["margin"])
-        return compared.rename(index={method: name for name, method in methods.items()})
+    def against(self, table: pd.DataFrame, interval: int) -> pd.DataFrame:
+        """Methods of an interval, at age weight 0, against `random`, paired over prompts; by selector."""
+        methods = {method: found[1] for method in table if (found := setting(method)) and found[::2] == (interval, 0)}
+        compared = compare(table[list(methods)], label(interval, REFERENCE), margin=self.spec["margin"])
+        return compared.rename(index=methods)
 
 
 def main(paths: list[str]) -> None:
@@ -106,7 +103,7 @@ def interval_text(row: Any, form: str) -> str:
     return f"{row['difference']:{form}} [{row['low']:{form}}, {row['high']:{form}}]".replace("-", "−")
 
 
-def starred(row: Any, form: str) -> str:
+def bold(row: Any, form: str) -> str:
     """A difference with its interval, bold where Holm's p is at most 0.05."""
     text = interval_text(row, form)
     return f"**{text}**" if row["p_holm"] <= 0.05 else text
@@ -124,7 +121,7 @@ def table(family: Family, interval: int) -> list[str]:
     ]
     for method, row in summary.sort_values("score", ascending=False).iterrows():
         name = row["selector"]
-        own = ["", ""] if name == REFERENCE else [starred(scores.loc[name], "+.3f"), starred(likeness.loc[name], "+.2f")]
+        own = ["", ""] if name == REFERENCE else [bold(scores.loc[name], "+.3f"), bold(likeness.loc[name], "+.2f")]
         uniform = f"{family.maps[method]['uniformity']:.3f}" if method in family.maps else ""
         shown = "nothing" if name == "none" else f"`{name}`"
         lines.append(
