@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,11 @@ def test_pure_maths_imports_no_diffusers() -> None:
 def test_files_stay_small() -> None:
     long = {path.relative_to(ROOT).as_posix(): n for path in MODULES if (n := len(path.read_text().splitlines())) > 300}
     assert not long
+
+
+def test_imports_are_light() -> None:
+    """What takes diffusers seconds to load waits until something is applied; `--help` waits for no torch at all."""
+    heavy = ("diffusers.hooks", "diffusers.models", "transformers")
+    for code, unwanted in (("import dit_accel", heavy), ("import pipelines.cli, eval.cli", ("torch", *heavy))):
+        code += f"; import sys; print([m for m in sys.modules if m.startswith({unwanted})])"
+        assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from dit_accel.families import flux, pixart
 from dit_accel.state import Run
+
+# The transformers of diffusers, by class, and the file that serves them: loaded when one is met, as diffusers does with its own.
+FAMILIES = {"FluxTransformer2DModel": "flux", "PixArtTransformer2DModel": "pixart"}
 
 
 class Family(Protocol):
@@ -31,13 +34,9 @@ class Family(Protocol):
         """Height and width of the picture in tokens, from the arguments of the transformer's forward."""
 
 
-FAMILIES: tuple[Family, ...] = (flux, pixart)
-
-
 def family_of(transformer: Any) -> Family:
     """The family of a transformer; TypeError with the supported classes if there is none."""
-    for family in FAMILIES:
-        if isinstance(transformer, family.TRANSFORMER):
-            return family
-    known = ", ".join(family.TRANSFORMER.__name__ for family in FAMILIES)
-    raise TypeError(f"{type(transformer).__name__} is not supported; supported transformers are {known}.")
+    for kind in type(transformer).__mro__:
+        if kind.__name__ in FAMILIES and kind.__module__.startswith("diffusers."):
+            return cast(Family, importlib.import_module(f"dit_accel.families.{FAMILIES[kind.__name__]}"))
+    raise TypeError(f"{type(transformer).__name__} is not supported; supported transformers are {', '.join(FAMILIES)}.")
