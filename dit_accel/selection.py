@@ -102,22 +102,29 @@ class Selector:
     description: str
     needs: frozenset[str]
     per_picture: bool
+    blind: bool
 
 
 _SELECTORS: dict[str, Selector] = {}
 
 
-def register_selector(name: str, *, needs: Collection[str] = (), per_picture: bool = True) -> Callable[[Score], Score]:
+def register_selector(
+    name: str, *, needs: Collection[str] = (), per_picture: bool = True, blind: bool = False
+) -> Callable[[Score], Score]:
     """Decorator that makes a function SelectionContext -> scores [1 or B, N] known by name.
 
     Args:
         name: what configurations and the command line call it. A name can be taken only once.
         needs: what has to be remembered for it, from `OBSERVATIONS`.
         per_picture: False for scores [1, N] that are the same for every picture of a batch, which spares memory traffic.
+        blind: True if besides it looks at nothing but noise, ages, count, grid and text, row by row. It is then called once a
+            step with a row for every layer, scores [layers, N], which spares most of a selection's cost; its tokens say nothing.
 
     Raises:
-        ValueError: for a name that is taken or a need that is not known.
+        ValueError: for a name that is taken, a need that is not known, or a blind selector that needs anything.
     """
+    if blind and (per_picture or needs):
+        raise ValueError("A blind selector looks at no picture: give per_picture=False and no needs.")
     if unknown := sorted(set(needs) - set(OBSERVATIONS)):
         raise ValueError(f"A selector cannot need {', '.join(unknown)}; it can need {', '.join(OBSERVATIONS)}.")
 
@@ -125,7 +132,7 @@ def register_selector(name: str, *, needs: Collection[str] = (), per_picture: bo
         if name in _SELECTORS:
             raise ValueError(f"There is a selector named {name!r} already; choose another name.")
         description = (score.__doc__ or "").strip().split("\n")[0]
-        _SELECTORS[name] = Selector(score, description, frozenset(needs), per_picture)
+        _SELECTORS[name] = Selector(score, description, frozenset(needs), per_picture, blind)
         return score
 
     return register
@@ -143,7 +150,7 @@ def selectors() -> dict[str, str]:
     return {name: selector.description for name, selector in _SELECTORS.items()}
 
 
-@register_selector("random", per_picture=False)
+@register_selector("random", per_picture=False, blind=True)
 def random(context: SelectionContext) -> torch.Tensor:
     """Every token with the same chance."""
     return context.noise
@@ -184,7 +191,7 @@ def cross_entropy(context: SelectionContext) -> torch.Tensor:
     return context.entropy
 
 
-@register_selector("stratified", per_picture=False)
+@register_selector("stratified", per_picture=False, blind=True)
 def stratified(context: SelectionContext) -> torch.Tensor:
     """Random, but every tile of the image gets its share."""
     total, (height, width) = context.tokens.shape[1], context.grid

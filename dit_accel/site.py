@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Site:
         self.noise: torch.Tensor | None = None  # [1, N]
         self.distance: torch.Tensor | None = None  # steps since the last full step
         self.weights: list[torch.Tensor] = []  # of the derivatives
+        self.chosen: torch.Tensor | None = None  # [1, k], where this step's selection was made before the layers are called
         self.selected: torch.Tensor | None = None  # [1 or B, k], the last selection
 
     @property
@@ -74,6 +75,12 @@ class Site:
         else:
             self.count = schedule.tokens_to_compute(share, max(0, tokens - self.text))
             self.count += self.text if self.config.text_tokens == "full" else 0
+
+    def recall(self, like: torch.Tensor) -> Any:
+        """The remembered outputs of all tokens, in the type of `like`, where a partial step needs nothing else; or None."""
+        if self.mode is not Mode.PARTIAL or not self.memory.terms:
+            return None
+        return fill.extrapolate(self.memory.terms, self.weights, like)
 
     def __call__(self, tokens: torch.Tensor, compute: Callable[[torch.Tensor, Take], Any]) -> Any:
         """All outputs of `compute`, of which a partial step computes only some.
@@ -131,57 +138,72 @@ class Site:
 
     def _select(self, tokens: torch.Tensor) -> torch.Tensor:
         """Index [1 or B, count] of the tokens to compute; the ages move on."""
-        memory, config = self.memory, self.config
+        memory = self.memory
         assert memory.ages is not None and self.noise is not None
+        index = self.chosen
+        if index is None:
+            index = self._choose(tokens, memory.ages, self.noise)
+            memory.ages = _aged(memory.ages, index)
+        if "last_tokens" in memory.observed:
+            fill.put(memory.observed["last_tokens"], index, fill.take(tokens, index))
+        self.selected = index
+        return index
+
+    def _choose(self, tokens: torch.Tensor, ages: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Index [1 or B, count] of the tokens to compute, from tokens [B, N, C], ages and noise [1 or B, N]."""
+        config = self.config
         start = self.text if config.text_tokens != "select" else 0  # what lies before is computed always or never
         always = start if config.text_tokens == "full" else 0
         if self.count == always:
-            return self._computed(tokens, torch.arange(always, device=tokens.device)[None])
+            return torch.arange(always, device=tokens.device)[None].expand(len(noise), -1)
         context = selection.SelectionContext(
             tokens=tokens[:, start:],
-            ages=memory.ages[:, start:],
-            noise=self.noise[:, start:],
+            ages=ages[:, start:],
+            noise=noise[:, start:],
             count=self.count - always,
             grid=self.grid,
             text=self.text - start,
             where=self,
-            **{name: seen[:, start:] for name, seen in memory.observed.items()},
+            **{name: seen[:, start:] for name, seen in self.memory.observed.items()},
         )
         scores = self.selector.score(context)
-        rows = len(tokens) if self.selector.per_picture else 1
+        rows = len(tokens) if self.selector.per_picture else len(noise)
         if scores.ndim != 2 or len(scores) not in (1, rows) or scores.shape[1] != context.tokens.shape[1]:
             raise ValueError(
                 f"The selector {config.selector!r} returned scores of shape {list(scores.shape)}; it must return "
                 f"[{'1' if rows == 1 else f'1 or {rows}'}, {context.tokens.shape[1]}], one for each of context.tokens."
             )
-        scores = selection.total_scores(
-            scores,
-            context.ages,
-            config.age_weight,
-            config.interval,
-            config.spatial_bonus if self.stream != "text" else 0.0,
-            self.grid,
-            config.spatial_tile,
-            context.text,
-        )
-        if self.halves and len(scores) > 1:
+        bonus = config.spatial_bonus if self.stream != "text" else 0.0
+        averaged = self.halves and self.selector.per_picture and len(scores) > 1
+        if config.age_weight or bonus or averaged:  # otherwise only their order counts
+            scores = selection.total_scores(
+                scores, context.ages, config.age_weight, config.interval, bonus, self.grid, config.spatial_tile, context.text
+            )
+        if averaged:
             scores = scores.unflatten(0, (2, -1)).mean(dim=0)
         index = scores.topk(context.count, dim=-1, sorted=False).indices + start
         if always:
             index = torch.cat([torch.arange(always, device=index.device).expand(len(index), -1), index], dim=1)
-        if self.halves and len(index) > 1:
-            index = index.repeat(2, 1)
-        return self._computed(tokens, index)
+        return index.repeat(2, 1) if averaged and len(index) > 1 else index
 
-    def _computed(self, tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Take note that these tokens are computed; returns their index."""
-        memory = self.memory
-        assert memory.ages is not None
-        memory.ages = (memory.ages + 1).scatter(1, index.expand(len(memory.ages), -1), 0.0)
-        if "last_tokens" in memory.observed:
-            fill.put(memory.observed["last_tokens"], index, fill.take(tokens, index))
-        self.selected = index
-        return index
+
+def choose_together(sites: Iterable[Site]) -> None:
+    """Choose in one go what sites compute whose selector looks at no tokens: the same few operations for any number of layers."""
+    alike: dict[tuple[Any, ...], list[Site]] = {}
+    for site in sites:
+        if site.selector.blind and 0 < site.count < site.tokens:
+            alike.setdefault((site.stream == "text", site.tokens, site.count, site.text), []).append(site)
+    for group in alike.values():
+        noise = torch.cat([site.noise for site in group if site.noise is not None])
+        ages = torch.cat([site.memory.ages for site in group if site.memory.ages is not None])
+        index = group[0]._choose(noise[..., None], ages, noise)
+        for site, chosen, aged in zip(group, index.split(1), _aged(ages, index).split(1), strict=True):
+            site.chosen, site.memory.ages = chosen, aged
+
+
+def _aged(ages: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Ages [1 or B, N] after these tokens were computed."""
+    return (ages + 1).scatter(1, index.expand(len(ages), -1), 0.0)
 
 
 def _all(tokens: torch.Tensor) -> torch.Tensor:

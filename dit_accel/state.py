@@ -13,7 +13,7 @@ from dit_accel import fill, merging, schedule
 from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.merge_site import MergeSite, Shared
 from dit_accel.schedule import Mode
-from dit_accel.site import Memory, Site
+from dit_accel.site import Memory, Site, choose_together
 
 
 class Matched(Enum):
@@ -226,7 +226,7 @@ class Run:
                 memory.begin_full(order)
             site.mode = Mode.PLAIN if i in plain else mode
             site.memory, site.step = Memory() if site.mode is Mode.PLAIN else memory, step
-            site.grid, site.distance, site.weights = self.grid, at_distance, weights
+            site.grid, site.distance, site.weights, site.chosen = self.grid, at_distance, weights, None
             site.halves = self.halves and config.share_guidance_selection
         chosen = [site for site in self.sites if site.tokens]
         if mode is Mode.PARTIAL:
@@ -238,6 +238,7 @@ class Run:
             noise = torch.rand(1, sum(lengths), generator=branch.generator).to(device).split(lengths, dim=1)
             for site, part in zip(chosen, noise, strict=True):
                 site.noise = part
+            choose_together(chosen)
         counts = tuple(site.count for site in chosen) if mode is Mode.PARTIAL else ()
         total = sum(site.tokens for site in chosen) if mode is Mode.PARTIAL else 0
         matched = self._bind_merging(branch, lost, text_length, device) if mode is Mode.FULL else ()
@@ -278,7 +279,10 @@ class Run:
     def collect(self) -> None:
         """Keep what is to be known of the call that has ended: the size of the cache and the selections."""
         if self.calls and self.branches:
-            used = sum(branch.bytes() for branch in self.branches.values())
+            if self.calls[-1].mode is Mode.PARTIAL and len(self.calls) > 1:  # which leaves the size as it was
+                used = self.calls[-2].cache_bytes
+            else:
+                used = sum(branch.bytes() for branch in self.branches.values())
             self.calls[-1] = replace(self.calls[-1], cache_bytes=used)
         for site in self.sites if self.record else ():
             if site.selected is not None:

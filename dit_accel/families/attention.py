@@ -151,13 +151,14 @@ class Listening:
 
     SEPARATE = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))  # of the image, of the text
     FUSED = ("to_qkv", "to_added_qkv", "to_kv")
+    PROJECTIONS = frozenset((*SEPARATE[0], *SEPARATE[1], *FUSED))
 
     def __init__(self, attn: Any, known: dict[str, torch.Tensor] | None = None) -> None:
         self.attn, self.heard = attn, dict(known or {})
 
     def __getattr__(self, name: str) -> Any:
         part = getattr(self.attn, name)
-        if name not in self.FUSED and not any(name in names for names in self.SEPARATE):
+        if name not in self.PROJECTIONS:
             return part
 
         def project(*args: Any, **kwargs: Any) -> Any:

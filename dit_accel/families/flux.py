@@ -22,7 +22,6 @@ from dit_accel.families.attention import (
     unwrapped,
 )
 from dit_accel.importance import attention_received, query_stride, sample
-from dit_accel.schedule import Mode
 from dit_accel.site import Site, Take
 from dit_accel.state import Run
 
@@ -186,15 +185,15 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):  # type: igno
         attached = blocks.attached(self, hidden_states)
         if attached is None:
             return plain_double(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
-        (image_site, text_site), merging = attached
-        # On a partial step the processor returns the remembered attention of all tokens, whatever it is given; the gates,
-        # shifts and scales belong to the timestep, not to a token.
-        given = slice(1) if image_site.mode is Mode.PARTIAL else slice(None)
+        (attention_site, image_site, text_site), merging = attached
+        attention = attention_site.recall(hidden_states)
+        # Of a remembered attention only the gates, shifts and scales are missing: they belong to the timestep, not to a token.
+        given = slice(None) if attention is None else slice(1)
         image, *image_modulation = self.norm1(hidden_states[:, given], emb=temb)
         text, *text_modulation = self.norm1_context(encoder_hidden_states[:, given], emb=temb)
-        attention = self.attn(
-            hidden_states=image, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
-        )
+        if attention is None:
+            extra = joint_attention_kwargs or {}
+            attention = self.attn(hidden_states=image, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, **extra)
         feed = functools.partial(merging.mlp, self.ff)
         hidden = self._rest(image_site, hidden_states, attention[0], image_modulation, self.norm2, feed)
         if len(attention) == 3:  # of an IP-Adapter
@@ -224,7 +223,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  
         attached = blocks.attached(self, hidden_states)
         if attached is None:
             return plain_single(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
-        (site,), merging = attached
+        (attention_site, site), merging = attached
         text_length = encoder_hidden_states.shape[1]
         hidden = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         gate: torch.Tensor | None = None
@@ -236,7 +235,9 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  
         def compute(tokens: torch.Tensor, take: Take) -> torch.Tensor:
             nonlocal gate
             normed, gate = self.norm(tokens, emb=temb)
-            attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+            attention = attention_site.recall(tokens)
+            if attention is None:
+                attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
             return merging.mlp(rest, normed, take(attention), start=text_length)
 
         output = site(hidden, compute)
@@ -276,7 +277,7 @@ def attach(transformer: FluxTransformer2DModel, run: Run, processors_only: bool)
             scored: tuple[Site, ...] = ()
             if not processors_only:
                 scored = tuple(run.add(layer, stream) for stream in streams)
-                blocks.attach(block, kind, scored, merging, f"{name}.{layer}")
+                blocks.attach(block, kind, (attention, *scored), merging, f"{name}.{layer}")
             processor = block.attn.processor
             if run.merge is not None:
                 processor = FluxTokenMergeAttnProcessor(processor, merging)

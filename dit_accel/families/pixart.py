@@ -132,14 +132,15 @@ class BasicTransformerBlock(diffusers_attention.BasicTransformerBlock):  # type:
         if attached is None:
             given = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs
             return plain(self, *given, *args, **kwargs)  # type: ignore[no-any-return]
-        ((site,), merging), extra = attached, cross_attention_kwargs or {}
+        ((attention_site, site), merging), extra = attached, cross_attention_kwargs or {}
         hidden = hidden_states.contiguous()  # the patch embedding leaves it transposed, which slows every step after it
         assert timestep is not None
         modulation = self.scale_shift_table[None] + timestep.reshape(len(hidden), 6, -1)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)
-        # On a partial step the processor returns the remembered attention of all tokens, whatever it is given.
-        normed = self.norm1(hidden[:, :1] if site.mode is Mode.PARTIAL else hidden) * (1 + scale) + shift
-        hidden = blocks.add_gated(site, hidden, gate, self.attn1(normed, attention_mask=attention_mask, **extra))
+        attention = attention_site.recall(hidden)
+        if attention is None:
+            attention = self.attn1(self.norm1(hidden) * (1 + scale) + shift, attention_mask=attention_mask, **extra)
+        hidden = blocks.add_gated(site, hidden, gate, attention)
         hidden = hidden + self.attn2(
             hidden, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **extra
         )
@@ -161,7 +162,7 @@ def attach(transformer: PixArtTransformer2DModel, run: Run, processors_only: boo
         rest: tuple[Site, ...] = ()
         if not processors_only:
             rest = (run.add(layer, "feed-forward"),)
-            blocks.attach(block, BasicTransformerBlock, rest, merging, name)
+            blocks.attach(block, BasicTransformerBlock, (attention, *rest), merging, name)
         for part, site in (("attn1", attention), ("attn2", cross)):
             attn = getattr(block, part)
             processor = attn.processor

@@ -123,8 +123,38 @@ def test_age_makes_every_token_take_its_turn(tiny_flux):
         assert counts == ([40] if turn == 0 else [8] * turn + [40 - 8 * turn])
 
 
+@pytest.mark.parametrize("text_tokens", ["select", "reuse", "full"])
+def test_a_blind_selector_scores_all_layers_at_once_and_selects_the_same(tiny_flux, text_tokens):
+    """Pictures and selections are those of the same selector asked layer by layer; steps are what it is called for."""
+    pictures, chosen, asked = [], [], []
+    for blind in (False, True):
+
+        @dit_accel.register_selector(f"turns, blind={blind}", per_picture=False, blind=blind)
+        def turns(context):
+            asked.append(context.noise)
+            return context.noise.square() + context.ages / 3
+
+        pipe = tiny_flux(layers=2, single_layers=3)
+        config = TokenCacheConfig(interval=4, cache_ratio=0.7, selector=f"turns, blind={blind}", text_tokens=text_tokens)
+        dit_accel.apply(pipe, config, record=True)
+        generator = torch.Generator().manual_seed(1)
+        pictures.append(pipe("a", height=40, width=64, num_inference_steps=8, max_sequence_length=8, generator=generator).images[0])
+        chosen.append(dit_accel.report(pipe).selections)
+        layers = [len(noise) for noise in asked]
+        asked.clear()
+    assert set(layers) == {2, 3} and len(layers) == 6 * (3 if text_tokens == "select" else 2)  # streams with a choice
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    assert len(chosen[0]) == len(chosen[1]) == 6 * (2 + 2 + 3)
+    for one, other in zip(*chosen, strict=True):
+        assert (one.call, one.stream, one.layer) == (other.call, other.stream, other.layer)
+        assert torch.equal(one.tokens.sort().values, other.tokens.sort().values)
+
+
 def test_selector_names():
     assert {"random", "attention"} <= set(dit_accel.selectors())
     assert all(dit_accel.selectors().values())
     with pytest.raises(ValueError, match="another name"):
         dit_accel.register_selector("random")(lambda context: context.noise)
+    for looks in (dict(per_picture=True), dict(per_picture=False, needs={"attention"})):
+        with pytest.raises(ValueError, match="looks at no picture"):
+            dit_accel.register_selector("seeing", blind=True, **looks)
