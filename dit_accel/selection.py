@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 64  # tokens whose similarities to all others exist at the same time
+ROWS = 512  # tokens that exist in float32 at the same time
 
 # What a selector may ask to have remembered, and its shape.
 OBSERVATIONS = {
@@ -217,7 +218,8 @@ def stratified(context: SelectionContext) -> torch.Tensor:
 def drift(context: SelectionContext) -> torch.Tensor:
     """Tokens whose input turned the most since they were last computed (keeps the inputs: twice the memory)."""
     assert context.last_tokens is not None
-    return 1 - F.cosine_similarity(context.tokens.float(), context.last_tokens.float(), dim=-1)
+    pairs = zip(context.tokens.split(ROWS, dim=1), context.last_tokens.split(ROWS, dim=1), strict=True)
+    return 1 - torch.cat([F.cosine_similarity(now.float(), last.float(), dim=-1) for now, last in pairs], dim=1)
 
 
 @register_selector("diverse")

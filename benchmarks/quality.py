@@ -1,0 +1,234 @@
+"""How good are pictures that come 1.5, 2, 2.5 and 3 times as soon? Every method on the embedded pipelines, one picture at a time.
+
+    python benchmarks/quality.py search              # finds the settings, on prompts that are not compared
+    python benchmarks/quality.py seconds             # times what was found, all methods in turn
+    python benchmarks/quality.py pictures            # makes, scores and compares the pictures
+
+All three go on where they were interrupted. `search` and `seconds` want a machine that does nothing else; `pictures` may run in
+several processes, each with its `--part`. The prompts compared are those of eval/specs/embedded.txt. The caches that look at
+differences decide for a whole batch, so there is one picture in it, as when somebody waits for it; what a small model then spends
+besides matrix work (overhead.py) counts against the methods that still compute something.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from meter import Meter
+from peers import METHODS, applied, calibrate, family, steps_of
+from recording import save
+from rich.progress import track
+
+from eval.fidelity import decibels, squared_error, ssim
+from eval.folder import write_table
+from eval.prompt_sets import read_prompt_set
+from eval.rewards import load_reward
+from eval.rewards.pictures import open_picture
+from eval.spec import FULL, noise_seed
+from pipelines.generation import Picture, Settings, denoise, settings_for
+from pipelines.loading import load
+from pipelines.pictures import png, write_atomically
+from pipelines.terminal import quiet
+
+app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+PIPELINES = ["emoji-flux", "emoji-pixart"]
+TARGETS, REACHED = (1.5, 2.0, 2.5, 3.0), 0.97  # a setting reaches a target if its speed-up is at least this share of it
+SCORE = "emoji-reward"
+PROMPTS = read_prompt_set(Path(__file__).parent.parent / "eval" / "specs" / "embedded.txt")
+SEARCH_PROMPTS = ["grapes, flat style", "tiger face, 3d style", "cactus, flat style", "pretzel, cartoon style", "pizza, flat style"]
+assert not set(SEARCH_PROMPTS) & set(PROMPTS)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at one setting; without a name the run in full."""
+
+    name: str = ""
+    setting: Any = None
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.setting.items())]) if self.name else FULL
+
+    @property
+    def kind(self) -> str:
+        return "full" if not self.name else "fewer steps" if self.name == "fewer steps" else "method"
+
+
+class Bench:
+    """A loaded pipeline, one thread, and what it is called with."""
+
+    def __init__(self, name: str, dtype: str) -> None:
+        torch.set_num_threads(1)
+        quiet()
+        self.name, self.pipe = name, load(name, dtype)
+        self.settings: Settings = settings_for(self.pipe, name)
+        calibrate(self.pipe, self.settings.steps, lambda: self.make(Cell(), SEARCH_PROMPTS[0]))
+
+    def cells(self) -> list[Cell]:
+        """Every method at every rung of its ladder."""
+        own = [method for method in METHODS.values() if family(self.pipe) in method.families]
+        return [Cell(method.name, setting) for method in own for setting in method.ladder]
+
+    @contextmanager
+    def having(self, cell: Cell) -> Iterator[None]:
+        if not cell.name:
+            yield
+            return
+        with applied(self.pipe, METHODS[cell.name], cell.setting, self.settings.steps):
+            yield
+
+    def make(self, cell: Cell, prompt: str, seed: int = 0) -> Picture:
+        """A picture with the cell's number of steps, of the pipeline as it is."""
+        steps = steps_of(METHODS[cell.name], cell.setting, self.settings.steps) if cell.name else self.settings.steps
+        settings = Settings(**{**vars(self.settings), "steps": steps})
+        return denoise(self.pipe, [(prompt, noise_seed(prompt, seed))], settings, lambda: None, applied=False)[0]
+
+    def round(self, cells: list[Cell], prompt: str, number: int) -> Iterator[tuple[Cell, Picture]]:
+        """A picture of every cell, shuffled, between two in full."""
+        order = list(cells)
+        random.Random(number).shuffle(order)
+        for cell in track([Cell(), *order, Cell()], description=f"{self.name}, round {number + 1}"):
+            with self.having(cell):
+                yield cell, self.make(cell, prompt)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def chosen(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By method, the slowest settings that reach the targets, each once, with the `targets` it is for."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["method"], [])
+    for name, some in found.items():
+        for target in TARGETS:
+            fast = [row for row in rows if row["method"] == name and statistics.median(row["speedups"]) >= REACHED * target]
+            if fast:
+                best = min(fast, key=lambda row: statistics.median(row["speedups"]))
+                same = next((row for row in some if row["setting"] == best["setting"]), None)
+                if same is None:
+                    some.append(same := {**best, "targets": []})
+                same["targets"].append(target)
+    return found
+
+
+def cells_to_compare(folder: Path) -> list[Cell]:
+    rows = read(folder / "search.json")
+    if not rows:
+        raise SystemExit(f"There is no {folder / 'search.json'}: run `python benchmarks/quality.py search` first.")
+    return [Cell(row["method"], row["setting"]) for some in chosen(rows).values() for row in some]
+
+
+Pipelines = typer.Option(PIPELINES, "--pipeline", help="emoji-flux or emoji-pixart; may be repeated.")
+Dtype = typer.Option("bfloat16", help="What the pipeline computes in.")
+Output = typer.Option(Path("out/quality"), help="Folder of the measurements, one for each pipeline in it.")
+
+
+@app.command()
+def search(
+    pipelines: list[str] = Pipelines,
+    rounds: int = typer.Option(len(SEARCH_PROMPTS), min=1, max=len(SEARCH_PROMPTS), help="Prompts that every setting is timed on."),
+    dtype: str = Dtype,
+    output: Path = Output,
+) -> None:
+    """Time every setting of every method, and choose the slowest ones that reach the targets."""
+    for name in pipelines:
+        bench, path = Bench(name, dtype), output / name / "search.json"
+        cells = {cell.label: cell for cell in bench.cells()}
+        ratios: dict[str, list[float]] = {label: [] for label in cells}
+        for number in range(rounds):
+            seconds = {}
+            for cell, picture in bench.round(list(cells.values()), SEARCH_PROMPTS[number], number):
+                seconds.setdefault(cell.label, []).append(picture.denoising_seconds)
+            for label in cells:
+                ratios[label].append(statistics.mean(seconds[FULL]) / seconds[label][0])
+        rows = [
+            {"method": cell.name, "by": METHODS[cell.name].by, "setting": cell.setting, "speedups": ratios[label]}
+            for label, cell in cells.items()
+        ]
+        save(path, rows)
+        for method, some in chosen(rows).items():
+            found = [f"{statistics.median(row['speedups']):.2f}x {row['setting']}" for row in some]
+            typer.echo(f"{name}: {method}: {', '.join(found) or 'reaches none of the targets'}")
+
+
+@app.command()
+def seconds(
+    pipelines: list[str] = Pipelines,
+    rounds: int = typer.Option(7, min=2, help="Pictures of every method, each round's of another prompt."),
+    dtype: str = Dtype,
+    output: Path = Output,
+) -> None:
+    """Time what `search` chose on prompts that are compared, and count FLOPs and bytes once."""
+    for name in pipelines:
+        bench, path = Bench(name, dtype), output / name / "seconds.json"
+        cells, rows, work = cells_to_compare(output / name), [], {}
+        for cell in track([Cell(), *cells], description=f"{name}, FLOPs"):
+            with Meter() as meter, bench.having(cell):
+                bench.make(cell, PROMPTS[0])
+            work[cell.label] = {"flops": meter.flops, "peak_memory": meter.peak_bytes}
+        for number in range(rounds):
+            for cell, picture in bench.round(cells, PROMPTS[number * len(PROMPTS) // rounds], number):
+                row = {"pipeline": name, "method": cell.label, "kind": cell.kind, "round": number, "seconds": picture.seconds}
+                rows.append(row | work[cell.label] | {"denoising_seconds": picture.denoising_seconds})
+            save(path, rows)
+
+
+@app.command()
+def pictures(
+    pipelines: list[str] = Pipelines,
+    seeds: int = typer.Option(3, min=1, help="Pictures of every prompt."),
+    prompts: int = typer.Option(len(PROMPTS), min=2, max=len(PROMPTS), help="How many prompts."),
+    part: str = typer.Option("1/1", help="Of several processes, this one's number and how many there are: 1/2 and 2/2."),
+    dtype: str = Dtype,
+    output: Path = Output,
+) -> None:
+    """Make the pictures of what `search` chose, score them, and compare each with its twin in full."""
+    process, processes = map(int, part.split("/"))
+    reward = load_reward(SCORE)
+    for name in pipelines:
+        bench, folder = Bench(name, dtype), output / name
+        cells = [Cell(), *cells_to_compare(folder)]
+        todo = [(seed, number) for seed in range(seeds) for number in range(len(cells))]
+        mine = [place for i, place in enumerate(todo) if i % processes == process - 1]
+        for seed, number in track(mine, description=f"{name}, part {part}"):
+            path = folder / "pictures" / f"{number:03d}-{seed}.parquet"
+            if not path.exists():
+                write_table(path, rows_of(bench, cells[number], seed, PROMPTS[:prompts], reward, folder / "full"))
+
+
+def rows_of(bench: Bench, cell: Cell, seed: int, prompts: list[str], reward: Any, fulls: Path) -> list[dict[str, Any]]:
+    """One row a prompt; the pictures in full are kept."""
+    twins = [twin(bench, prompt, seed, fulls) for prompt in prompts]
+    with bench.having(cell):
+        images = [bench.make(cell, prompt, seed).image for prompt in prompts] if cell.name else twins
+    scores = reward.score(prompts, images)
+    rows = []
+    for prompt, full, image, score in zip(prompts, twins, images, scores, strict=True):
+        error = squared_error(full, image)
+        row = {"pipeline": bench.name, "method": cell.label, "kind": cell.kind, "prompt": prompt, "seed": seed, "error": None}
+        rows.append(row | {"squared_error": error, "psnr": decibels(error), "ssim": ssim(full, image), SCORE: float(score)})
+    return rows
+
+
+def twin(bench: Bench, prompt: str, seed: int, folder: Path) -> Any:
+    """The picture in full, made once."""
+    path = folder / f"{PROMPTS.index(prompt):03d}-{seed}.png"
+    if not path.exists():
+        write_atomically(path, png(bench.make(Cell(), prompt, seed).image, {"prompt": prompt, "pipeline": bench.name}))
+    return open_picture(path)
+
+
+if __name__ == "__main__":
+    app()
