@@ -91,8 +91,8 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         flops: 2 for every multiply-add of matrix products, convolutions and attention; causal attention counts in full.
-        live_bytes: sizes of the storages that were allocated inside the block, on any device, and are alive now, after the block
-            too. Views cost nothing; what was there before the block does not count, nor does what an allocator rounds up.
+        live_bytes: sizes of the storages that were allocated inside the block, on any device but meta, and are alive now, after
+            the block too. Views cost nothing; what was there before the block does not count, nor what an allocator rounds up.
         peak_bytes: the most that `live_bytes` was inside the block.
     """
 
@@ -124,7 +124,7 @@ class Meter(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
-        if address in self._alive:
+        if address in self._alive or storage.device.type == "meta":
             return
         entry = Storage(storage, self._forget)
         entry.address, entry.size = address, storage.nbytes()

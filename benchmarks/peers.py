@@ -31,9 +31,8 @@ Setting = dict[str, Any]
 Put = Callable[[Any, Setting, int], Undo]
 Arguments = Callable[[Any, Setting, int], Setting]
 FAMILIES = ("flux", "pixart")
-# How the hooks of diffusers' caches are named, and which layers TaylorSeer is published for.
-HOOKS = ("pyramid_attention_broadcast", "faster_cache", "fbc_", "mag_cache", "taylorseer")
-LAYERS = {
+HOOKS = ("pyramid_attention_broadcast", "faster_cache", "fbc_", "mag_cache", "taylorseer")  # of diffusers, how they begin
+LAYERS = {  # that TaylorSeer forecasts as published
     "flux": {
         "cache_identifiers": [r"transformer_blocks\.\d+\.(attn|ff|ff_context)", r"single_transformer_blocks\.\d+\.proj_out"],
         "skip_predict_identifiers": [r"single_transformer_blocks\.\d+\.(attn|proj_mlp)"],
@@ -140,8 +139,7 @@ def hooked(apply: str, config: str, arguments: Arguments = lambda pipe, setting,
     def put(pipe: Any, setting: Setting, steps: int) -> Undo:
         from diffusers import hooks
 
-        guide, transformer = Guide(), pipe.transformer
-        given = arguments(pipe, setting, steps)
+        guide, transformer, given = Guide(), pipe.transformer, arguments(pipe, setting, steps)
         if timed:
             given |= {"current_timestep_callback": lambda: pipe.current_timestep if is_flux(pipe) else guide.timestep}
         # FluxTransformer2DModel.enable_cache does no more than this; PixArt's transformer has no enable_cache.
@@ -212,7 +210,7 @@ def magnitudes(pipe: Any, setting: Setting, steps: int) -> Setting:
 def enabled(config: str, arguments: Callable[[Setting, int], Setting] = lambda setting, steps: setting) -> Put:
     """`put` for cache-dit, by the name of its configuration. A `taylorseer_order` of a setting adds its calibrator.
 
-    The first block alone is computed on every step, after four steps of warm-up. Both halves of PixArt's guidance are one batch
+    The first block alone is computed on every step after the warm-up. Both halves of PixArt's guidance are one batch
     to it and take one decision; it takes FLUX to be called once a step, as it is without a negative prompt.
     """
 
@@ -234,7 +232,9 @@ def enabled(config: str, arguments: Callable[[Setting, int], Setting] = lambda s
 def masked(setting: Setting, steps: int) -> Setting:
     import cache_dit
 
-    return {"steps_computation_mask": cache_dit.steps_mask(total_steps=steps, **setting), "steps_computation_policy": "static"}
+    # A mask that cache-dit itself shortens to 20 steps caches up to 15 in a row; the beginning of its mask of 28 does not.
+    mask = cache_dit.steps_mask(total_steps=28 if 16 <= steps < 28 else steps, **setting)
+    return {"steps_computation_mask": [*mask[: steps - 1], 1], "steps_computation_policy": "static"}
 
 
 def ladder(names: str, *rows: Any, **fixed: Any) -> tuple[Setting, ...]:
@@ -253,7 +253,7 @@ BROADCASTS = ladder(BROADCAST, (2, (100, 800)), *((every, (0, 1000)) for every i
 FASTER = "spatial_attention_block_skip_range unconditional_batch_skip_range until alpha"
 FASTERS = ladder(FASTER, (2, 5, 681, 1.1), *((every, 5, 990, 1.1) for every in (2, 3, 4, 6)), (8, 20, 990, 1.0))
 MAGNITUDES = [(0.06, 3, 0.2), (0.12, 3, 0.2), (0.24, 4, 0.2), (0.24, 5, 0.1), (0.5, 6, 0.1), (1.0, 8, 0.1)]
-FIRST = ladder("threshold", 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
+FIRST = ladder("threshold", 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 SEERS = ladder("cache_interval", 2, 3, 4, 5, 6, 8, 12)
 THRESHOLDS = [*((value, 4) for value in (0.08, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.5)), (0.5, 2), (0.8, 2)]
 RESIDUALS = ladder("residual_diff_threshold max_warmup_steps", *THRESHOLDS)

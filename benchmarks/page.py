@@ -1,0 +1,236 @@
+"""Writes the page of all benchmarks from their records; every number in it comes from there.
+
+    python benchmarks/page.py out/bench --docs out/bench/page
+    python benchmarks/page.py docs/data/benchmarks      # docs/benchmarks.md anew from the records that lie beside it
+
+The words are those of page.md.j2. Beside the page go its figures, and under data/ the records it was made from.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import typer
+from growth import draw
+from matplotlib.figure import Figure
+from peers import WITHOUT
+from quality import PIPELINES, REACHED, SCORE, TARGETS, chosen
+from width import flux_dev, summary
+
+from eval.drawing import COLOURS, MARKERS, style
+from eval.statistics import compare, mean_interval, per_prompt
+from eval.summary import summarise
+from pipelines.pictures import write_atomically
+
+HERE = Path(__file__).parent
+RECORDS = ("startup", "overhead", "growth", "width", "memory")
+MARGIN = 0.1  # of non-inferiority, declared beforehand; as in docs/selectors.md
+BLOCKS = {"flux": "{} double and {} single blocks of FLUX", "pixart": "{} blocks of PixArt-XL"}
+MAKERS = {"stock": "fewer steps", "dit-accel": "dit-accel", "diffusers": "diffusers", "cache-dit": "cache-dit"}
+
+
+class Quality:
+    """What came out on one embedded pipeline."""
+
+    def __init__(self, records: Path, name: str) -> None:
+        self.name = name
+        self.search, self.seconds = (json.loads(path.read_text()) for path in self.files(records, name).values())
+        self.rows = rows_of(records, name)
+        self.owners = {row["method"]: row["by"] for row in self.search["rows"]}
+        found = chosen(self.search["rows"])
+        self.none = [method for method, rows in found.items() if not rows]
+        self.without = WITHOUT["flux" if "flux" in name else "pixart"]
+        names = {label(row): f"{row['method']}, {short(row['setting'])}" for rows in found.values() for row in rows}
+        times = pd.DataFrame(self.seconds["rows"]).assign(error=None, comparable=True, cache_bytes=None)
+        table = summarise(self.rows, times, score=SCORE, margin=MARGIN).set_index("method")
+        structure = per_prompt(self.rows, "ssim")
+        for method in table.index:
+            found = mean_interval(structure[method])
+            table.loc[method, ["ssim", "ssim_low", "ssim_high"]] = [found.mean, found.low, found.high]
+        table["by"] = [self.owners.get(self.name_of(method), "stock") for method in table.index]
+        table["label"] = [names.get(method, method) for method in table.index]
+        self.table = table.sort_values("speedup")
+        self.scores = per_prompt(self.rows, SCORE)
+        self.pictures = f"{self.rows['prompt'].nunique()} prompts, {self.rows['seed'].nunique()} pictures of each by every method."
+
+    @staticmethod
+    def files(records: Path, name: str) -> dict[str, Path]:
+        """The records, by the names under which they are kept."""
+        return {f"quality-{name}-{kind}.json": first(records, name, kind) for kind in ("search", "seconds")}
+
+    def name_of(self, method: str) -> str:
+        """A method without its setting."""
+        return max((name for name in self.owners if method.startswith(name + " ")), key=len, default=method)
+
+    def best(self) -> list[dict[str, Any]]:
+        """For every target, the method of each maker with the best score among those that reach it on the prompts compared."""
+        found = []
+        for target in TARGETS:
+            row: dict[str, Any] = {"target": target}
+            for maker in MAKERS:
+                own = self.table[(self.table["by"] == maker) & (self.table["kind"] != "full")]
+                own = own[own["speedup"] >= REACHED * target]
+                row[maker] = own.sort_values("score").iloc[-1] if len(own) else None
+            ours = row["dit-accel"]
+            others = [row[maker] for maker in MAKERS if maker != "dit-accel" and row[maker] is not None]
+            rival = max(others, key=lambda other: other["score"], default=None)
+            if ours is not None and rival is not None:
+                against = compare(self.scores[[ours.name, rival.name]], rival.name, margin=MARGIN).iloc[0]
+                row |= {"ours": ours, "rival": rival, "against": against}
+            found.append(row)
+        return found
+
+    def figure(self) -> Figure:
+        """Score and PSNR against the measured speed-up, a line for every method, the front drawn through."""
+        names = list(dict.fromkeys(self.name_of(method) for method in self.table.index if method != "full"))
+        names.sort(key=lambda name: list(MAKERS).index(self.owners[name]))
+        lines = {"stock": ("-", 2.2), "dit-accel": ("-", 1.6), "diffusers": ("--", 1.1), "cache-dit": (":", 1.3)}
+        figure = Figure(figsize=(11, 5.2), layout="constrained")
+        for panel, value in zip(figure.subplots(1, 2), ("score", "psnr"), strict=True):
+            for number, name in enumerate(names):
+                own = self.table[[self.name_of(method) == name for method in self.table.index]].sort_values("speedup")
+                colour, (line, width) = COLOURS[number % len(COLOURS)], lines[self.owners[name]]
+                look = {"color": "black" if self.owners[name] == "stock" else colour, "ls": line, "lw": width}
+                look |= {"marker": MARKERS[number % len(MARKERS)], "ms": 5, "label": f"{name}, {self.owners[name]}"}
+                panel.plot(own["speedup"], own[value], **look)
+                if value == "psnr":
+                    ends = own["psnr_low"], own["psnr_high"]
+                else:
+                    ends = (own["score"] - own["difference"] + own[end].astype(float) for end in ("low", "high"))
+                panel.vlines(own["speedup"], *ends, color=look["color"], lw=0.8, alpha=0.5)
+            front = self.table[self.table["pareto"]]
+            if value == "score":
+                panel.plot(front["speedup"], front["score"], color="#c4c4c4", lw=5, zorder=0, label="front")
+                panel.axhline(self.table.loc["full", "score"], color="#555555", lw=1)
+            panel.set(xlabel="speed-up of denoising, measured", title=self.name)
+            panel.set_ylabel(SCORE if value == "score" else "PSNR to the picture in full, dB")
+            low, high = self.table[value].quantile(0.04), self.table.loc[self.table["kind"] != "full", value].max()
+            panel.set_ylim(low - 0.15 * (high - low), high + 0.12 * (high - low))
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize=8, handlelength=3)
+        return figure
+
+
+def first(records: Path, name: str, kind: str) -> Path:
+    """A record of one pipeline's quality, as it was measured or as it is kept."""
+    measured = records / "quality" / name / f"{kind}.json"
+    return measured if measured.exists() else records / f"quality-{name}-{kind}.json"
+
+
+def rows_of(records: Path, name: str) -> pd.DataFrame:
+    """All pictures of one pipeline."""
+    kept = records / f"quality-{name}.parquet"
+    if kept.exists():
+        return pd.read_parquet(kept)
+    rows = pd.concat([pd.read_parquet(path) for path in sorted((records / "quality" / name / "pictures").glob("*.parquet"))])
+    order = rows["method"].map({method: i for i, method in enumerate(rows["method"].unique())})
+    return rows.assign(order=order).sort_values(["order", "seed"], kind="stable").drop(columns="order").reset_index(drop=True)
+
+
+def label(row: dict[str, Any]) -> str:
+    return " ".join([row["method"], *(f"{key}={value}" for key, value in row["setting"].items())])
+
+
+def short(setting: dict[str, Any]) -> str:
+    """A setting in a table."""
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in setting.items())
+
+
+def paired(row: Any, form: str = "+.3f") -> str:
+    """A difference with its interval, bold where Holm's p is at most 0.05."""
+    text = f"{row['difference']:{form}} [{row['low']:{form}}, {row['high']:{form}}]".replace("-", "−")
+    return f"**{text}**" if row["p_holm"] <= 0.05 else text
+
+
+def overhead_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Before beside now, a row for each kind of step."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:
+        own = found.setdefault((row["pipeline"], row["kind"], row["step"]), {key: row[key] for key in ("pipeline", "kind", "step")})
+        own[row["checkout"]] = {
+            "ms": 1e3 * statistics.median(row["seconds"]),
+            "matrix": 1e3 * statistics.median(row["matrix_seconds"]) if row["matrix_seconds"] else None,
+            "operators": round(statistics.median(row["operators"])) if row["operators"] else None,
+        }
+    return list(found.values())
+
+
+def growth_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a quantity, with its seconds, bytes and exponents by tokens."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row["tokens"]):
+        own = found.setdefault((row["what"], row["by"]), {"what": row["what"], "by": row["by"], "at": {}})
+        own["at"][row["tokens"]] = row | {"median": statistics.median(row["seconds"])}
+    return list(found.values())
+
+
+def width_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The summary, by size, fastest last, with what is `held` beyond what a run in full holds anyway."""
+    found = summary(rows)
+    plain = {(row["model"], row["pixels"]): row["held_bytes"] for row in found if row["method"] == "full"}
+    found = [row | {"held": max(0, row["held_bytes"] - plain[row["model"], row["pixels"]])} for row in found]
+    return sorted(found, key=lambda row: (row["model"], row["pixels"], row["speedup"]))
+
+
+def largest_last(held: dict[str, tuple[str, float]]) -> list[tuple[str, str, float]]:
+    return sorted(((name, by, size) for name, (by, size) in held.items()), key=lambda row: row[2])
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    figure.savefig(png := BytesIO(), format="png", dpi=130)
+    write_atomically(path, png.getvalue())
+
+
+def render(records: Path) -> tuple[str, dict[str, Any], list[Quality]]:
+    """The page's text; the records by name; the qualities."""
+    found = {name: json.loads(path.read_text()) for name in RECORDS if (path := records / f"{name}.json").exists()}
+    qualities = [Quality(records, name) for name in PIPELINES if first(records, name, "seconds").exists()]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"paired": paired, "short": short, "median": statistics.median}
+    wide = width_rows(found["width"]["rows"]) if "width" in found else []
+    text = environment.get_template("page.md.j2").render(
+        records=found,
+        qualities=qualities,
+        makers=MAKERS,
+        score=SCORE,
+        width=wide,
+        sizes=list(dict.fromkeys((row["model"], row["pixels"]) for row in wide)),
+        units={row["model"]: BLOCKS[row["model"]].format(row["units"], 2 * row["units"]) for row in wide},
+        flux_dev=largest_last(flux_dev(found["memory"]["rows"])) if "memory" in found else [],
+        overhead=overhead_rows(found["overhead"]["rows"]) if "overhead" in found else [],
+        growth=growth_rows(found["growth"]["rows"]) if "growth" in found else [],
+        tokens=sorted({row["tokens"] for row in found["growth"]["rows"]}) if "growth" in found else [],
+    )
+    return text, found, qualities
+
+
+def main(
+    records: Path = typer.Argument(help="Folder of what the benchmarks wrote.", exists=True, file_okay=False),
+    docs: Path = typer.Option(HERE.parent / "docs", help="Folder that gets benchmarks.md, figures/ and data/benchmarks/."),
+) -> None:
+    text, found, qualities = render(records)
+    data = docs / "data" / "benchmarks"
+    for name, record in found.items():
+        write_atomically(data / f"{name}.json", json.dumps(record, indent=1).encode())
+    with style():
+        for quality in qualities:
+            for name, path in quality.files(records, quality.name).items():
+                write_atomically(data / name, path.read_bytes())
+            quality.rows.to_parquet(data / f"quality-{quality.name}.parquet", index=False, compression="zstd")
+            save_figure(quality.figure(), docs / "figures" / f"benchmarks-{quality.name}.png")
+    if "growth" in found:
+        draw(found["growth"]["rows"], docs / "figures" / "benchmarks-growth.png")
+    write_atomically(docs / "benchmarks.md", text.encode())
+    typer.echo(f"{docs / 'benchmarks.md'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
