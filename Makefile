@@ -3,7 +3,7 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/
 
-.PHONY: demo test test-slow lint bench
+.PHONY: demo test test-slow lint bench bench-full
 
 # Pictures of the same prompts, in full and with nine of ten tokens cached, and how long each took.
 demo: $(STAMP)
@@ -20,8 +20,28 @@ lint: $(STAMP)
 	$(RUN)ruff format --check .
 	$(RUN)mypy
 
+# Against the published peers: ten minutes, and a page about it.
 bench: $(STAMP)
-	$(RUN)python benchmarks/generation.py
+	$(RUN)python benchmarks/startup.py --repeats 3 --output out/bench/startup.json
+	$(RUN)python benchmarks/overhead.py --rounds 1 --pictures 2 --output out/bench/overhead.json
+	$(RUN)python benchmarks/growth.py --tokens 256 --tokens 1024 --output out/bench/growth.json --figure out/bench/growth.png
+	$(RUN)python benchmarks/width.py loops --pixels 256 --output out/bench/width.json
+	$(RUN)python benchmarks/quality.py search --pipeline emoji-flux --rounds 1 --output out/bench/quality
+	$(RUN)python benchmarks/quality.py seconds --pipeline emoji-flux --rounds 2 --output out/bench/quality
+	$(RUN)python benchmarks/quality.py pictures --pipeline emoji-flux --prompts 4 --seeds 1 --output out/bench/quality
+	$(RUN)python benchmarks/page.py out/bench --docs out/bench/page
+
+# All of docs/benchmarks.md anew: hours. What was measured already, in out/bench-full, is not measured again.
+bench-full: $(STAMP)
+	$(RUN)python benchmarks/startup.py --output out/bench-full/startup.json
+	$(RUN)python benchmarks/overhead.py --output out/bench-full/overhead.json
+	$(RUN)python benchmarks/growth.py --output out/bench-full/growth.json --figure out/bench-full/growth.png
+	$(RUN)python benchmarks/width.py loops --output out/bench-full/width.json
+	$(RUN)python benchmarks/width.py memory --output out/bench-full/memory.json
+	$(RUN)python benchmarks/quality.py search --output out/bench-full/quality
+	$(RUN)python benchmarks/quality.py seconds --output out/bench-full/quality
+	$(RUN)python benchmarks/quality.py pictures --output out/bench-full/quality
+	$(RUN)python benchmarks/page.py out/bench-full
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(RUN)python || $(PYTHON) -m venv $(VENV)

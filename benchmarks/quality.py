@@ -4,10 +4,10 @@
     python benchmarks/quality.py seconds             # times what was found, all methods in turn
     python benchmarks/quality.py pictures            # makes, scores and compares the pictures
 
-All three go on where they were interrupted. `search` and `seconds` want a machine that does nothing else; `pictures` may run in
-several processes, each with its `--part`. The prompts compared are those of eval/specs/embedded.txt. The caches that look at
-differences decide for a whole batch, so there is one picture in it, as when somebody waits for it; what a small model then spends
-besides matrix work (overhead.py) counts against the methods that still compute something.
+What the output folder holds already is kept, so an interrupted run goes on. `search` and `seconds` want a machine that does nothing
+else; `pictures` may run in several processes, each with its `--part`. The prompts compared are those of eval/specs/embedded.txt.
+The caches that look at differences decide for a whole batch, so there is one picture in it, as when somebody waits for it; what a
+small model then spends besides matrix work (overhead.py) counts against the methods that still compute something.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ def search(
 ) -> None:
     """Time every setting of every method, and choose the slowest ones that reach the targets."""
     for name in pipelines:
-        bench, path = Bench(name, dtype), output / name / "search.json"
+        if (path := output / name / "search.json").exists():
+            continue
+        bench = Bench(name, dtype)
         cells = {cell.label: cell for cell in bench.cells()}
         ratios: dict[str, list[float]] = {label: [] for label in cells}
         for number in range(rounds):
@@ -172,13 +174,17 @@ def seconds(
 ) -> None:
     """Time what `search` chose on prompts that are compared, and count FLOPs and bytes once."""
     for name in pipelines:
-        bench, path = Bench(name, dtype), output / name / "seconds.json"
-        cells, rows, work = cells_to_compare(output / name), [], {}
+        path = output / name / "seconds.json"
+        cells, rows = cells_to_compare(output / name), read(path)
+        done = {row["round"] for row in rows}
+        if len(done) >= rounds:
+            continue
+        bench, work = Bench(name, dtype), {}
         for cell in track([Cell(), *cells], description=f"{name}, FLOPs"):
             with Meter() as meter, bench.having(cell):
                 bench.make(cell, PROMPTS[0])
             work[cell.label] = {"flops": meter.flops, "peak_memory": meter.peak_bytes}
-        for number in range(rounds):
+        for number in sorted(set(range(rounds)) - done):
             for cell, picture in bench.round(cells, PROMPTS[number * len(PROMPTS) // rounds], number):
                 row = {"pipeline": name, "method": cell.label, "kind": cell.kind, "round": number, "seconds": picture.seconds}
                 rows.append(row | work[cell.label] | {"denoising_seconds": picture.denoising_seconds})

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,19 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+PACKAGES = ("dit-accel", "torch", "diffusers", "transformers", "cache-dit", "tomesd")
+
+
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows of measurements whole or not at all."""
+    found = {one.name.replace("_", "-"): one.version for one in distributions()}
     machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine,
-        "versions": {package: version(package) for package in ("dit-accel", "torch", "diffusers", "transformers")},
+        "versions": {name: found[name] for name in PACKAGES if name in found},
         "rows": rows,
     }
     write_atomically(path, json.dumps(record, indent=1).encode())

@@ -1,0 +1,57 @@
+"""The page says what the records say, and the arithmetic in between is right."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from page import render  # noqa: E402
+from quality import chosen  # noqa: E402
+from width import extrapolated, flux_dev, summary  # noqa: E402
+
+
+def test_the_page_is_what_the_records_give():
+    """No number of it was typed by hand, and none is of an earlier record."""
+    assert render(ROOT / "docs" / "data" / "benchmarks")[0] == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_slowest_setting_that_reaches_a_speed_is_chosen():
+    def row(method: str, n: int, *speedups: float) -> dict:
+        return {"method": method, "setting": {"n": n}, "speedups": speedups}
+
+    rows = [row("a", 1, 1.2, 1.3, 9.0), row("a", 2, 1.45, 1.46, 1.47), row("a", 3, 2.9, 3.2, 3.1), row("b", 1, 1.1, 1.2, 1.3)]
+    found = chosen(rows)
+    assert [(one["setting"]["n"], one["targets"]) for one in found["a"]] == [(2, [1.5]), (3, [2.0, 2.5, 3.0])]
+    assert found["b"] == []
+
+
+def test_bytes_at_another_depth_and_size():
+    """A cache of 7 bytes, 2 a block, 3 a token, and 5 for each token of each block: exact at any depth and size."""
+
+    def held(units: int, tokens: int) -> int:
+        return 7 + 2 * units + 3 * tokens + 5 * units * tokens
+
+    corners = {(u, n): held(u, n) for u in (1, 2) for n in (64, 256)}
+    assert extrapolated(corners, 19, 4096) == pytest.approx(held(19, 4096), rel=1e-12)
+    rows = [{"method": "cache", "by": "x", "units": u, "tokens": n, "held_bytes": held(u, n) + 100} for u, n in corners]
+    rows += [{"method": "fewer steps", "by": "stock", "units": u, "tokens": n, "held_bytes": 100} for u, n in corners]
+    assert flux_dev(rows) == {"cache": ("x", pytest.approx(held(19, 4096))), "fewer steps": ("stock", 0)}
+
+
+def test_efficiency_compares_with_the_runs_in_full_of_the_same_round():
+    def row(number: int, method: str, seconds: float, flops: int) -> dict:
+        sizes = {"peak_bytes": 0, "held_bytes": 0}
+        return {"model": "flux", "pixels": 512, "round": number, "method": method, "setting": {}, **sizes} | {
+            "seconds": seconds,
+            "flops": flops,
+        }
+
+    rows = [row(0, "full", 9.0, 100), row(0, "cache", 5.0, 25), row(0, "full", 11.0, 100)]
+    rows += [row(1, "full", 20.0, 100), row(1, "cache", 10.0, 25), row(1, "full", 20.0, 100)]
+    found = {one["method"]: one for one in summary(rows)}["cache"]
+    assert found["speedup"] == 2.0 and found["flops_ratio"] == 4.0 and found["efficiency"] == 0.5
