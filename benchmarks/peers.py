@@ -85,13 +85,19 @@ def applied(pipe: Any, method: Method, setting: Setting, steps: int) -> Iterator
 
 
 def snapshot(model: torch.nn.Module) -> Undo:
-    """What gives every module the attributes it has now: diffusers leaves some behind, cache-dit its copy of FLUX's forward."""
-    saved = [(module, dict(vars(module))) for module in model.modules()]
+    """What gives every module the attributes it has now, and its parts in their order.
+
+    diffusers leaves some attributes behind; cache-dit its copy of FLUX's forward, and both lists of blocks in the other order, after
+    which FirstBlockCache takes a single block for the first one.
+    """
+    saved = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
 
     def restore() -> None:
-        for module, attributes in saved:
+        for module, attributes, parts in saved:
             vars(module).clear()
             vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(parts)
 
     return restore
 

@@ -44,7 +44,7 @@ PIPELINES = ["emoji-flux", "emoji-pixart"]
 TARGETS, REACHED = (1.5, 2.0, 2.5, 3.0), 0.97  # a setting reaches a target if its speed-up is at least this share of it
 SCORE = "emoji-reward"
 PROMPTS = read_prompt_set(Path(__file__).parent.parent / "eval" / "specs" / "embedded.txt")
-SEARCH_PROMPTS = ["grapes, flat style", "tiger face, 3d style", "cactus, flat style", "pretzel, cartoon style", "pizza, flat style"]
+SEARCH_PROMPTS = ["grapes, flat style", "tiger face, flat style", "cactus, flat style", "pretzel, cartoon style", "pizza, flat style"]
 assert not set(SEARCH_PROMPTS) & set(PROMPTS)
 
 

@@ -43,13 +43,13 @@ def work_of(pipe, run) -> int:
 
 
 def state(pipe) -> dict:
-    """Everything that a method might leave behind: classes, attributes, forwards, hooks, processors, the pipeline's call."""
+    """What a method might leave behind: classes, attributes, order of parts, forwards, hooks, processors, the pipeline's call."""
     found = {"call": type(pipe).__call__, "class": set(vars(type(pipe))), "pipe": set(vars(pipe))}
     for name, module in pipe.transformer.named_modules():
         hooks = [list(module._forward_pre_hooks.values()), list(module._forward_hooks.values())]
         registry = vars(module).get("_diffusers_hook")
         found[name] = (type(module), set(vars(module)), module.forward, hooks, registry and list(registry.hooks))
-    return found | {"processors": dict(pipe.transformer.attn_processors)}
+    return found | {"order": list(found), "processors": dict(pipe.transformer.attn_processors)}
 
 
 def needs(method: Method) -> None:
