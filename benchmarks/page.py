@@ -19,6 +19,7 @@ import pandas as pd
 import typer
 from growth import draw
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from peers import WITHOUT
 from quality import PIPELINES, REACHED, SCORE, TARGETS, chosen
 from width import flux_dev, summary
@@ -195,6 +196,7 @@ def render(records: Path) -> tuple[str, dict[str, Any], list[Quality]]:
         loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"paired": paired, "short": short, "median": statistics.median}
+    environment.filters |= {"seconds": EngFormatter("s", places=1), "bytes": EngFormatter("B", places=1)}
     wide = width_rows(found["width"]["rows"]) if "width" in found else []
     text = environment.get_template("page.md.j2").render(
         records=found,

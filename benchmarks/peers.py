@@ -87,8 +87,8 @@ def applied(pipe: Any, method: Method, setting: Setting, steps: int) -> Iterator
 def snapshot(model: torch.nn.Module) -> Undo:
     """What gives every module the attributes it has now, and its parts in their order.
 
-    diffusers leaves some attributes behind; cache-dit its copy of FLUX's forward, and both lists of blocks in the other order, after
-    which FirstBlockCache takes a single block for the first one.
+    diffusers leaves some attributes behind; cache-dit its copy of FLUX's forward, and both lists of blocks in the other order,
+    after which FirstBlockCache takes a single block for the first one.
     """
     saved = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
 
@@ -263,6 +263,7 @@ FIRST = ladder("threshold", 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 SEERS = ladder("cache_interval", 2, 3, 4, 5, 6, 8, 12)
 THRESHOLDS = [*((value, 4) for value in (0.08, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.5)), (0.5, 2), (0.8, 2)]
 RESIDUALS = ladder("residual_diff_threshold max_warmup_steps", *THRESHOLDS)
+STEPS = (1.2, 1.4, 1.55, 1.75, 2, 2.3, 2.55, 2.8, 3, 3.3, 3.7, 4.2)  # apart by one step or two of 20 or 28
 POLICIES = ladder("mask_policy", "slow", "medium", "fast", "ultra")
 LITE, ORDER = {"use_lite_mode": True}, {"taylorseer_order": 1}
 PAB = hooked("apply_pyramid_attention_broadcast", "PyramidAttentionBroadcastConfig", broadcast, timed=True)
@@ -271,7 +272,7 @@ SEER = hooked("apply_taylorseer_cache", "TaylorSeerCacheConfig", forecast)
 MAG = hooked("apply_mag_cache", "MagCacheConfig", magnitudes)
 DBCACHE, MASK = enabled("DBCacheConfig"), enabled("DBCacheConfig", masked)
 ALL = (
-    Method("fewer steps", "stock", FAMILIES, ladder("speedup", 1.2, 1.5, 2, 2.5, 3, 3.5, 4), lambda *_: lambda: None),
+    Method("fewer steps", "stock", FAMILIES, ladder("speedup", *STEPS), lambda *_: lambda: None),
     Method("token cache, random", "dit-accel", FAMILIES, INTERVALS, cached(cache_ratio=0.9, selector="random")),
     Method("token cache, drift", "dit-accel", FAMILIES, INTERVALS, cached(cache_ratio=0.9, selector="drift")),
     Method("token cache, attention", "dit-accel", FAMILIES, INTERVALS, cached(cache_ratio=0.9, selector="attention")),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,13 +45,19 @@ PIPELINES = ["emoji-flux", "emoji-pixart"]
 TARGETS, REACHED = (1.5, 2.0, 2.5, 3.0), 0.97  # a setting reaches a target if its speed-up is at least this share of it
 SCORE = "emoji-reward"
 PROMPTS = read_prompt_set(Path(__file__).parent.parent / "eval" / "specs" / "embedded.txt")
-SEARCH_PROMPTS = ["grapes, flat style", "tiger face, flat style", "cactus, flat style", "pretzel, cartoon style", "pizza, flat style"]
+SEARCH_PROMPTS = [
+    "grapes, flat style",
+    "tiger face, flat style",
+    "cactus, flat style",
+    "pretzel, cartoon style",
+    "pizza, flat style",
+]
 assert not set(SEARCH_PROMPTS) & set(PROMPTS)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at one setting; without a name the run in full."""
+    """A method at one setting; without a name the run in full. Its file is named after both."""
 
     name: str = ""
     setting: Any = None
@@ -58,6 +65,10 @@ class Cell:
     @property
     def label(self) -> str:
         return " ".join([self.name, *(f"{key}={value}" for key, value in self.setting.items())]) if self.name else FULL
+
+    @property
+    def file(self) -> str:
+        return re.sub(r"[^\w.=-]+", "_", self.label)
 
     @property
     def kind(self) -> str:
@@ -74,9 +85,9 @@ class Bench:
         self.settings: Settings = settings_for(self.pipe, name)
         calibrate(self.pipe, self.settings.steps, lambda: self.make(Cell(), SEARCH_PROMPTS[0]))
 
-    def cells(self) -> list[Cell]:
-        """Every method at every rung of its ladder."""
-        own = [method for method in METHODS.values() if family(self.pipe) in method.families]
+    def cells(self, only: list[str]) -> list[Cell]:
+        """Every method, or only these, at every rung of its ladder."""
+        own = [method for method in METHODS.values() if family(self.pipe) in method.families and method.name in (only or METHODS)]
         return [Cell(method.name, setting) for method in own for setting in method.ladder]
 
     @contextmanager
@@ -138,16 +149,20 @@ Output = typer.Option(Path("out/quality"), help="Folder of the measurements, one
 @app.command()
 def search(
     pipelines: list[str] = Pipelines,
+    methods: list[str] = typer.Option(
+        [], "--method", help="Only this one, anew; may be repeated. What is known of others is kept."
+    ),
     rounds: int = typer.Option(len(SEARCH_PROMPTS), min=1, max=len(SEARCH_PROMPTS), help="Prompts that every setting is timed on."),
     dtype: str = Dtype,
     output: Path = Output,
 ) -> None:
     """Time every setting of every method, and choose the slowest ones that reach the targets."""
     for name in pipelines:
-        if (path := output / name / "search.json").exists():
+        known = read(path := output / name / "search.json")
+        if known and not methods:
             continue
         bench = Bench(name, dtype)
-        cells = {cell.label: cell for cell in bench.cells()}
+        cells = {cell.label: cell for cell in bench.cells(methods)}
         ratios: dict[str, list[float]] = {label: [] for label in cells}
         for number in range(rounds):
             seconds = {}
@@ -159,7 +174,8 @@ def search(
             {"method": cell.name, "by": METHODS[cell.name].by, "setting": cell.setting, "speedups": ratios[label]}
             for label, cell in cells.items()
         ]
-        save(path, rows)
+        rows += [row for row in known if row["method"] not in methods]
+        save(path, sorted(rows, key=lambda row: list(METHODS).index(row["method"])))
         for method, some in chosen(rows).items():
             found = [f"{statistics.median(row['speedups']):.2f}x {row['setting']}" for row in some]
             typer.echo(f"{name}: {method}: {', '.join(found) or 'reaches none of the targets'}")
@@ -209,7 +225,7 @@ def pictures(
         todo = [(seed, number) for seed in range(seeds) for number in range(len(cells))]
         mine = [place for i, place in enumerate(todo) if i % processes == process - 1]
         for seed, number in track(mine, description=f"{name}, part {part}"):
-            path = folder / "pictures" / f"{number:03d}-{seed}.parquet"
+            path = folder / "pictures" / f"{cells[number].file}-{seed}.parquet"
             if not path.exists():
                 write_table(path, rows_of(bench, cells[number], seed, PROMPTS[:prompts], reward, folder / "full"))
 

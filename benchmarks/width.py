@@ -58,7 +58,7 @@ PICKED: dict[str, list[dict[str, Any]]] = {
     "token cache + merge": [{"interval": 5}],
     "TaylorSeer": [{"cache_interval": 5}],
     "TaylorSeer lite": [{"cache_interval": 5}],
-    "fewer steps": [{"speedup": 4}],
+    "fewer steps": [{"speedup": 4.2}],
     "DBCache": [{"residual_diff_threshold": 0.8}],  # of random weights; less skips nothing
     "DBCache + TaylorSeer": [{"residual_diff_threshold": 0.8}],
     "step mask": [{"mask_policy": "fast"}],
