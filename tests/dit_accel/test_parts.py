@@ -150,6 +150,15 @@ def test_a_blind_selector_scores_all_layers_at_once_and_selects_the_same(tiny_fl
         assert torch.equal(one.tokens.sort().values, other.tokens.sort().values)
 
 
+def test_drift_in_pieces_is_the_cosine_of_every_token():
+    """Of more tokens than are compared at once, and a number that no piece divides."""
+    now, last = torch.randn(2, 2, 1111, 6, generator=torch.Generator().manual_seed(0))
+    nothing = dict(ages=torch.zeros(1, 1111), noise=torch.zeros(1, 1111), count=1, grid=(1, 1111), text=0, where=None)
+    found = selection.get("drift").score(selection.SelectionContext(tokens=now, last_tokens=last, **nothing))
+    cosine = (now * last).sum(-1) / (now.norm(dim=-1) * last.norm(dim=-1))
+    torch.testing.assert_close(found, 1 - cosine)
+
+
 def test_selector_names():
     assert {"random", "attention"} <= set(dit_accel.selectors())
     assert all(dit_accel.selectors().values())
