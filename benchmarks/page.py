@@ -57,7 +57,7 @@ class Quality:
         table["by"] = [self.owners.get(self.name_of(method), "stock") for method in table.index]
         table["label"] = [names.get(method, method) for method in table.index]
         self.table = table.sort_values("speedup")
-        self.scores = per_prompt(self.rows, SCORE)
+        self.values = {"score": per_prompt(self.rows, SCORE), "psnr": -per_prompt(self.rows, "squared_error")}
         self.pictures = f"{self.rows['prompt'].nunique()} prompts, {self.rows['seed'].nunique()} pictures of each by every method."
 
     @staticmethod
@@ -69,21 +69,25 @@ class Quality:
         """A method without its setting."""
         return max((name for name in self.owners if method.startswith(name + " ")), key=len, default=method)
 
-    def best(self) -> list[dict[str, Any]]:
-        """For every target, the method of each maker with the best score among those that reach it on the prompts compared."""
+    def best(self, value: str) -> list[dict[str, Any]]:
+        """For every target, the best method of each maker among those that reach it on the prompts compared.
+
+        Args:
+            value: "score" or "psnr": what the best is best at, and ours and the best of all others are compared in, paired.
+        """
         found = []
         for target in TARGETS:
             row: dict[str, Any] = {"target": target}
             for maker in MAKERS:
                 own = self.table[(self.table["by"] == maker) & (self.table["kind"] != "full")]
                 own = own[own["speedup"] >= REACHED * target]
-                row[maker] = own.sort_values("score").iloc[-1] if len(own) else None
+                row[maker] = own.sort_values(value).iloc[-1] if len(own) else None
             ours = row["dit-accel"]
             others = [row[maker] for maker in MAKERS if maker != "dit-accel" and row[maker] is not None]
-            rival = max(others, key=lambda other: other["score"], default=None)
-            if ours is not None and rival is not None:
-                against = compare(self.scores[[ours.name, rival.name]], rival.name, margin=MARGIN).iloc[0]
-                row |= {"ours": ours, "rival": rival, "against": against}
+            if ours is not None and others:
+                rival = max(others, key=lambda other: other[value])
+                pair = self.values[value][[ours.name, rival.name]]
+                row |= {"ours": ours, "rival": rival, "against": compare(pair, rival.name, margin=MARGIN).iloc[0]}
             found.append(row)
         return found
 
@@ -111,7 +115,7 @@ class Quality:
                 panel.axhline(self.table.loc["full", "score"], color="#555555", lw=1)
             panel.set(xlabel="speed-up of denoising, measured", title=self.name)
             panel.set_ylabel(SCORE if value == "score" else "PSNR to the picture in full, dB")
-            low, high = self.table[value].quantile(0.04), self.table.loc[self.table["kind"] != "full", value].max()
+            low, high = self.table[value].quantile(0.1), self.table.loc[self.table["kind"] != "full", value].max()
             panel.set_ylim(low - 0.15 * (high - low), high + 0.12 * (high - low))
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", fontsize=8, handlelength=3)
