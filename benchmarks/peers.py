@@ -263,7 +263,7 @@ FIRST = ladder("threshold", 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 SEERS = ladder("cache_interval", 2, 3, 4, 5, 6, 8, 12)
 THRESHOLDS = [*((value, 4) for value in (0.08, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.5)), (0.5, 2), (0.8, 2)]
 RESIDUALS = ladder("residual_diff_threshold max_warmup_steps", *THRESHOLDS)
-STEPS = (1.2, 1.4, 1.55, 1.75, 2, 2.3, 2.55, 2.8, 3, 3.3, 3.7, 4.2)  # apart by one step or two of 20 or 28
+STEPS = (1.2, 1.4, 1.55, 1.75, 2, 2.3, 2.55, 2.8, 3, 3.3, 3.7, 4.2)  # at most three steps apart, of 20 or 28
 POLICIES = ladder("mask_policy", "slow", "medium", "fast", "ultra")
 LITE, ORDER = {"use_lite_mode": True}, {"taylorseer_order": 1}
 PAB = hooked("apply_pyramid_attention_broadcast", "PyramidAttentionBroadcastConfig", broadcast, timed=True)
