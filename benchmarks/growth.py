@@ -28,7 +28,7 @@ import torch
 import typer
 from blocks import TEXT, WIDTHS, Stopwatch, inputs
 from meter import Meter
-from recording import save
+from recording import rows_of, save
 from rich.progress import track
 from rich.table import Table
 
@@ -223,7 +223,7 @@ def main(
     config = {"dtype": dtype, "device": device, "threads": torch.get_num_threads()}
     names = [name for name in works() if name[0].startswith(tuple(only))]
     wanted = [{"what": what, "by": by, "tokens": n, "config": config} for what, by in names for n in sorted(tokens)]
-    rows: list[Row] = json.loads(output.read_text())["rows"] if output.exists() else []
+    rows: list[Row] = rows_of(output)
     rows = [row for row in rows if not (fresh and any(head.items() <= row.items() for head in wanted))]
     missing = [head for head in wanted if not any(head.items() <= row.items() for row in rows)]
     for head in track(sorted(missing, key=lambda head: head["tokens"]), description="growth"):

@@ -21,7 +21,7 @@ from growth import draw
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from peers import WITHOUT
-from quality import PIPELINES, REACHED, SCORE, TARGETS, chosen
+from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell, chosen
 from width import flux_dev, summary
 
 from eval.drawing import COLOURS, MARKERS, style
@@ -47,7 +47,11 @@ class Quality:
         found = chosen(self.search["rows"])
         self.none = [method for method, rows in found.items() if not rows]
         self.without = WITHOUT["flux" if "flux" in name else "pixart"]
-        names = {label(row): f"{row['method']}, {short(row['setting'])}" for rows in found.values() for row in rows}
+        names = {
+            Cell(row["method"], row["setting"]).label: f"{row['method']}, {short(row['setting'])}"
+            for rows in found.values()
+            for row in rows
+        }
         times = pd.DataFrame(self.seconds["rows"]).assign(error=None, comparable=True, cache_bytes=None)
         table = summarise(self.rows, times, score=SCORE, margin=MARGIN).set_index("method")
         structure = per_prompt(self.rows, "ssim")
@@ -136,10 +140,6 @@ def rows_of(records: Path, name: str) -> pd.DataFrame:
     rows = pd.concat([pd.read_parquet(path) for path in sorted((records / "quality" / name / "pictures").glob("*.parquet"))])
     order = rows["method"].map({method: i for i, method in enumerate(rows["method"].unique())})
     return rows.assign(order=order).sort_values(["order", "seed"], kind="stable").drop(columns="order").reset_index(drop=True)
-
-
-def label(row: dict[str, Any]) -> str:
-    return " ".join([row["method"], *(f"{key}={value}" for key, value in row["setting"].items())])
 
 
 def short(setting: dict[str, Any]) -> str:

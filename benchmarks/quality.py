@@ -12,7 +12,6 @@ small model then spends besides matrix work (overhead.py) counts against the met
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import statistics
@@ -22,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import recording
 import torch
 import typer
 from meter import Meter
 from peers import METHODS, applied, calibrate, family, steps_of
-from recording import save
 from rich.progress import track
 
 from eval.fidelity import decibels, squared_error, ssim
@@ -113,10 +112,6 @@ class Bench:
                 yield cell, self.make(cell, prompt)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
 def chosen(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """By method, the slowest settings that reach the targets, each once, with the `targets` it is for."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -135,7 +130,7 @@ def chosen(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def cells_to_compare(folder: Path) -> list[Cell]:
-    rows = read(folder / "search.json")
+    rows = recording.rows_of(folder / "search.json")
     if not rows:
         raise SystemExit(f"There is no {folder / 'search.json'}: run `python benchmarks/quality.py search` first.")
     return [Cell(row["method"], row["setting"]) for some in chosen(rows).values() for row in some]
@@ -158,7 +153,7 @@ def search(
 ) -> None:
     """Time every setting of every method, and choose the slowest ones that reach the targets."""
     for name in pipelines:
-        known = read(path := output / name / "search.json")
+        known = recording.rows_of(path := output / name / "search.json")
         if known and not methods:
             continue
         bench = Bench(name, dtype)
@@ -175,7 +170,7 @@ def search(
             for label, cell in cells.items()
         ]
         rows += [row for row in known if row["method"] not in methods]
-        save(path, sorted(rows, key=lambda row: list(METHODS).index(row["method"])))
+        recording.save(path, sorted(rows, key=lambda row: list(METHODS).index(row["method"])))
         for method, some in chosen(rows).items():
             found = [f"{statistics.median(row['speedups']):.2f}x {row['setting']}" for row in some]
             typer.echo(f"{name}: {method}: {', '.join(found) or 'reaches none of the targets'}")
@@ -191,7 +186,7 @@ def seconds(
     """Time what `search` chose on prompts that are compared, and count FLOPs and bytes once."""
     for name in pipelines:
         path = output / name / "seconds.json"
-        cells, rows = cells_to_compare(output / name), read(path)
+        cells, rows = cells_to_compare(output / name), recording.rows_of(path)
         done = {row["round"] for row in rows}
         if len(done) >= rounds:
             continue
@@ -204,7 +199,7 @@ def seconds(
             for cell, picture in bench.round(cells, PROMPTS[number * len(PROMPTS) // rounds], number):
                 row = {"pipeline": name, "method": cell.label, "kind": cell.kind, "round": number, "seconds": picture.seconds}
                 rows.append(row | work[cell.label] | {"denoising_seconds": picture.denoising_seconds})
-            save(path, rows)
+            recording.save(path, rows)
 
 
 @app.command()

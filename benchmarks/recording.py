@@ -38,3 +38,8 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
         "rows": rows,
     }
     write_atomically(path, json.dumps(record, indent=1).encode())
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a record, none if there is no record yet."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []

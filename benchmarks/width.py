@@ -37,7 +37,7 @@ from diffusers import (
 )
 from meter import Meter
 from peers import METHODS, applied, calibrate, steps_of
-from recording import save
+from recording import rows_of, save
 from rich.progress import track
 from rich.table import Table
 
@@ -148,10 +148,6 @@ def places(rows: list[dict[str, Any]], **same: Any) -> Iterator[dict[str, Any]]:
     return (row for row in rows if all(row[key] == value for key, value in same.items()))
 
 
-def earlier(output: Path) -> list[dict[str, Any]]:
-    return json.loads(output.read_text())["rows"] if output.exists() else []
-
-
 @app.command()
 @torch.no_grad()
 def loops(
@@ -168,7 +164,7 @@ def loops(
 ) -> None:
     """Seconds, FLOPs, efficiency and memory of whole denoising loops."""
     quiet()
-    rows = earlier(output)
+    rows = rows_of(output)
     for model in models:
         pipe = build(model, units if model == "flux" else layers, getattr(torch, dtype), device)
         compared = [choice for choice in choices(model) if not methods or choice[0] in methods]
