@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Quality:
         table["label"] = [names.get(method, method) for method in table.index]
         self.table = table.sort_values("speedup")
         self.values = {"score": per_prompt(self.rows, SCORE), "psnr": -per_prompt(self.rows, "squared_error")}
-        self.pictures = f"{self.rows['prompt'].nunique()} prompts, {self.rows['seed'].nunique()} pictures of each by every method."
+        self.pictures = f"{self.rows['prompt'].nunique()} prompts x {self.rows['seed'].nunique()} seeds by every method."
 
     @staticmethod
     def files(records: Path, name: str) -> dict[str, Path]:
@@ -143,14 +144,26 @@ def rows_of(records: Path, name: str) -> pd.DataFrame:
 
 
 def short(setting: dict[str, Any]) -> str:
-    """A setting in a table."""
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in setting.items())
+    """A setting in a table; what is only switched on by its name alone."""
+    return ", ".join(key.replace("_", " ") + ("" if value is True else f" {value}") for key, value in setting.items())
 
 
 def paired(row: Any, form: str = "+.3f") -> str:
     """A difference with its interval, bold where Holm's p is at most 0.05."""
     text = f"{row['difference']:{form}} [{row['low']:{form}}, {row['high']:{form}}]".replace("-", "−")
     return f"**{text}**" if row["p_holm"] <= 0.05 else text
+
+
+def verdict(against: Any, value: str) -> str:
+    """What the interval of a paired difference, ours less theirs, says: at 95 %, of `value` "score" or "psnr"."""
+    worse, better = {"score": ("worse", "better"), "psnr": ("farther", "closer")}[value]
+    return worse if against["high"] < 0 else better if against["low"] > 0 else "not told apart"
+
+
+def verdicts(best: list[dict[str, Any]], value: str) -> str:
+    """How often each verdict fell: "farther at 3, not told apart at 1 of 4 speeds"."""
+    counts = Counter(verdict(row["against"], value) for row in best if "against" in row)
+    return ", ".join(f"{name} at {count}" for name, count in counts.most_common()) + f" of {counts.total()} speeds"
 
 
 def overhead_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -183,6 +196,16 @@ def width_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["model"], row["pixels"], row["speedup"]))
 
 
+def spans(rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float, float]]:
+    """By model and pixels, the fewest and the most seconds of all runs that left nothing out: what the machine alone changes."""
+    full = {(row["model"], row["pixels"]): row["flops"] for row in rows if row["method"] == "full"}
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        if row["flops"] > 0.99 * full[size := (row["model"], row["pixels"])]:
+            found.setdefault(size, []).append(row["seconds"])
+    return {size: (min(seconds), max(seconds)) for size, seconds in found.items()}
+
+
 def largest_last(held: dict[str, tuple[str, float]]) -> list[tuple[str, str, float]]:
     return sorted(((name, by, size) for name, (by, size) in held.items()), key=lambda row: row[2])
 
@@ -199,7 +222,7 @@ def render(records: Path) -> tuple[str, dict[str, Any], list[Quality]]:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"paired": paired, "short": short, "median": statistics.median}
+    environment.filters |= {"paired": paired, "short": short, "median": statistics.median, "verdict": verdict, "verdicts": verdicts}
     environment.filters |= {"seconds": EngFormatter("s", places=1), "bytes": EngFormatter("B", places=1)}
     wide = width_rows(found["width"]["rows"]) if "width" in found else []
     text = environment.get_template("page.md.j2").render(
@@ -208,6 +231,7 @@ def render(records: Path) -> tuple[str, dict[str, Any], list[Quality]]:
         makers=MAKERS,
         score=SCORE,
         width=wide,
+        spans=spans(found["width"]["rows"]) if wide else {},
         sizes=list(dict.fromkeys((row["model"], row["pixels"]) for row in wide)),
         units={row["model"]: BLOCKS[row["model"]].format(row["units"], 2 * row["units"]) for row in wide},
         flux_dev=largest_last(flux_dev(found["memory"]["rows"])) if "memory" in found else [],

@@ -254,7 +254,7 @@ FORECAST = {"cache_ratio": 1.0, "fill": "forecast", "warmup_steps": 3}
 BOTH = accelerated(lambda setting: [TokenCacheConfig(**setting), TokenMergeConfig(ratio=0.5, keep_queries=True)])
 MERGES = ladder("ratio", 0.25, 0.5, 0.7, keep_queries=True)
 BROADCAST = "spatial_attention_block_skip_range spatial_attention_timestep_skip_range"
-BROADCASTS = ladder(BROADCAST, (2, (100, 800)), *((every, (0, 1000)) for every in (2, 3, 4, 6, 12)))
+BROADCASTS = ladder(BROADCAST, (2, [100, 800]), *((every, [0, 1000]) for every in (2, 3, 4, 6, 12)))
 # The paper's alpha of 1.1 is multiplied in on every step without the unconditional half: of ten in a row nothing good comes.
 FASTER = "spatial_attention_block_skip_range unconditional_batch_skip_range until alpha"
 FASTERS = ladder(FASTER, (2, 5, 681, 1.1), *((every, 5, 990, 1.1) for every in (2, 3, 4, 6)), (8, 20, 990, 1.0))

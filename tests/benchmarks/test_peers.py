@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -162,6 +163,12 @@ def test_every_family_without_a_method_has_the_reason() -> None:
     for method in METHODS.values():
         assert set(method.families) | {name for name in FAMILIES if method.name in WITHOUT[name]} == set(FAMILIES)
         assert all(len(method.ladder) >= 3 and method.name not in WITHOUT[name] for name in method.families)
+
+
+def test_settings_are_the_same_when_they_are_read_again() -> None:
+    """From a record, or what was measured is not recognised when a benchmark goes on."""
+    settings = [setting for method in METHODS.values() for setting in method.ladder]
+    assert json.loads(json.dumps(settings)) == settings
 
 
 @pytest.mark.parametrize("name", FAMILIES)
