@@ -63,7 +63,8 @@ class Quality:
         table["label"] = [names.get(method, method) for method in table.index]
         self.table = table.sort_values("speedup")
         self.values = {"score": per_prompt(self.rows, SCORE), "psnr": -per_prompt(self.rows, "squared_error")}
-        self.pictures = f"{self.rows['prompt'].nunique()} prompts x {self.rows['seed'].nunique()} seeds by every method."
+        seeds = self.rows["seed"].nunique()
+        self.pictures = f"{self.rows['prompt'].nunique()} prompts, {seeds} seed{'s' if seeds > 1 else ''} each, by every method."
 
     @staticmethod
     def files(records: Path, name: str) -> dict[str, Path]:
@@ -167,12 +168,14 @@ def verdicts(best: list[dict[str, Any]], value: str) -> str:
 
 
 def overhead_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Before beside now, a row for each kind of step."""
+    """Before beside now, a row for each kind of step; `share` is its part of a stock step of the same process."""
+    stock = {(row["pipeline"], row["checkout"]): row["seconds"] for row in rows if row["kind"] == "stock"}
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         own = found.setdefault((row["pipeline"], row["kind"], row["step"]), {key: row[key] for key in ("pipeline", "kind", "step")})
         own[row["checkout"]] = {
             "ms": 1e3 * statistics.median(row["seconds"]),
+            "share": statistics.median(a / b for a, b in zip(row["seconds"], stock[row["pipeline"], row["checkout"]], strict=True)),
             "matrix": 1e3 * statistics.median(row["matrix_seconds"]) if row["matrix_seconds"] else None,
             "operators": round(statistics.median(row["operators"])) if row["operators"] else None,
         }
