@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from page import render  # noqa: E402
+from page import overhead_rows, render, spans, verdicts  # noqa: E402
 from quality import chosen  # noqa: E402
 from width import extrapolated, flux_dev, summary  # noqa: E402
 
@@ -55,3 +55,33 @@ def test_efficiency_compares_with_the_runs_in_full_of_the_same_round():
     rows += [row(1, "full", 20.0, 100), row(1, "cache", 10.0, 25), row(1, "full", 20.0, 100)]
     found = {one["method"]: one for one in summary(rows)}["cache"]
     assert found["speedup"] == 2.0 and found["flops_ratio"] == 4.0 and found["efficiency"] == 0.5
+
+
+def test_a_part_of_a_stock_step_is_that_of_the_same_process():
+    """The machine was twice as slow in the second process, which is no gain of either."""
+
+    def row(kind: str, checkout: str, *seconds: float) -> dict:
+        same = {"pipeline": "p", "step": "full", "matrix_seconds": [], "operators": []}
+        return same | {"kind": kind, "checkout": checkout, "seconds": list(seconds)}
+
+    rows = [row("stock", "before", 1.0, 2.0), row("random", "before", 0.5, 1.0)]
+    rows += [row("stock", "now", 2.0, 4.0), row("random", "now", 0.5, 1.0)]
+    random = next(one for one in overhead_rows(rows) if one["kind"] == "random")
+    assert random["before"]["share"] == 0.5 and random["now"]["share"] == 0.25
+    assert random["before"]["ms"] == random["now"]["ms"] == 750
+
+
+def test_loops_that_left_nothing_out_say_how_far_times_differ_by_themselves():
+    def row(method: str, seconds: float, flops: int, pixels: int = 512) -> dict:
+        return {"model": "flux", "pixels": pixels, "method": method, "seconds": seconds, "flops": flops}
+
+    rows = [row("cache", 2.0, 500), row("idle cache", 8.0, 999), row("full", 9.0, 1000), row("full", 10.0, 1000)]
+    rows += [row("full", 3.0, 400, pixels=256)]
+    assert spans(rows) == {("flux", 512): (8.0, 10.0), ("flux", 256): (3.0, 3.0)}
+
+
+def test_verdicts_are_those_of_the_intervals_and_of_speeds_that_both_reach():
+    intervals = [(-0.3, -0.1), (-0.2, -0.1), (-0.1, 0.1), (0.1, 0.2)]
+    best = [{"target": 1}, *({"against": {"low": low, "high": high}} for low, high in intervals)]
+    assert verdicts(best, "psnr") == "farther at 2, not told apart at 1, closer at 1 of 4 speeds"
+    assert verdicts(best, "score") == "worse at 2, not told apart at 1, better at 1 of 4 speeds"
