@@ -207,11 +207,12 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for group in groups.values():
         speedups, ratios, fulls = [], [], []
-        for row in group:
-            full = list(places(rows, model=row["model"], pixels=row["pixels"], round=row["round"], method="full"))
-            fulls.append(statistics.mean(other["seconds"] for other in full))
-            speedups.append(fulls[-1] / row["seconds"])
-            ratios.append(full[0]["flops"] / row["flops"])
+        for number in sorted({row["round"] for row in group}):
+            own = list(places(group, round=number))
+            full = list(places(rows, model=own[0]["model"], pixels=own[0]["pixels"], round=number, method="full"))
+            fulls.append(statistics.mean(row["seconds"] for row in full))
+            speedups.append(fulls[-1] / statistics.mean(row["seconds"] for row in own))
+            ratios.append(full[0]["flops"] / own[0]["flops"])
         medians = {key: statistics.median(row[key] for row in group) for key in ("seconds", "flops", "peak_bytes", "held_bytes")}
         gain, ratio = statistics.median(speedups), statistics.median(ratios)
         gains = {"full": statistics.median(fulls), "speedup": gain, "flops_ratio": ratio, "efficiency": gain / ratio}

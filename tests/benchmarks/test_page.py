@@ -55,6 +55,7 @@ def test_efficiency_compares_with_the_runs_in_full_of_the_same_round():
     rows += [row(1, "full", 20.0, 100), row(1, "cache", 10.0, 25), row(1, "full", 20.0, 100)]
     found = {one["method"]: one for one in summary(rows)}["cache"]
     assert found["speedup"] == 2.0 and found["flops_ratio"] == 4.0 and found["efficiency"] == 0.5
+    assert {one["method"]: one for one in summary(rows)}["full"]["speedup"] == 1
 
 
 def test_a_part_of_a_stock_step_is_that_of_the_same_process():
