@@ -63,6 +63,7 @@ class Quality:
         table["label"] = [names.get(method, method) for method in table.index]
         self.table = table.sort_values("speedup")
         self.values = {"score": per_prompt(self.rows, SCORE), "psnr": -per_prompt(self.rows, "squared_error")}
+        self.bests = {value: self.best(value) for value in self.values}
         seeds = self.rows["seed"].nunique()
         self.pictures = f"{self.rows['prompt'].nunique()} prompts, {seeds} seed{'s' if seeds > 1 else ''} each, by every method."
 
