@@ -17,7 +17,7 @@ import typer
 from diffusers import AutoencoderTiny
 from rich.progress import Progress, TimeRemainingColumn
 
-from common import load_checkpoint, save_checkpoint, sheet
+from common import clean_config, load_checkpoint, save_checkpoint, sheet
 from data import WORK, pictures
 
 SETS = ("noto", "noto-v1", "fluent-flat", "fluent-3d")
@@ -46,6 +46,18 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / (a - b).pow(2).mean(dim=(1, 2, 3)))
 
 
+def held_out(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """96 of the pictures, to measure with, and the others."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order[:96]], images[order[96:]]
+
+
+def save_autoencoder(vae: AutoencoderTiny, folder: Path) -> None:
+    """In diffusers format, without a key that AutoencoderTiny writes and then warns about, or where it was loaded from."""
+    vae.save_pretrained(folder)
+    clean_config(folder / "config.json")
+
+
 def main(
     minutes: float = typer.Option(12.0, help="Length of the learning-rate schedule; a resumed run goes on where it was."),
     batch: int = typer.Option(12),
@@ -55,9 +67,7 @@ def main(
     out: Path = typer.Option(WORK / "vae", help="Where the finished autoencoder is saved."),
 ) -> None:
     torch.manual_seed(0)
-    images = torch.cat([pictures()[name] for name in SETS])
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held, images = images[order[:96]], images[order[96:]]
+    held, images = held_out(torch.cat([pictures()[name] for name in SETS]))
     vae = build().to(memory_format=torch.channels_last)
     norm = torch.nn.BatchNorm2d(8, affine=False, momentum=0.02)
     optimizer = torch.optim.AdamW([p for p in vae.parameters()], lr=lr, weight_decay=0.0)
@@ -106,7 +116,7 @@ def main(
         target = held.float() / 127.5 - 1
         output = torch.cat([vae.decode(vae.encode(part).latents).sample for part in target.split(16)]).clamp(-1, 1)
         scores = psnr(output, target)
-    vae.save_pretrained(out)
+    save_autoencoder(vae, out)
     sheet(torch.stack([target[:24], output[:24]], 1).flatten(0, 1), 12, out.with_suffix(".png"))
     typer.echo(f"held-out PSNR {scores.mean():.2f} dB, worst {scores.min():.2f} dB, {step * batch} crops")
 

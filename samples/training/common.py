@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -21,6 +22,14 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def clean_config(path: Path) -> None:
+    """Take out of a saved config where it was loaded from, and a key that AutoencoderTiny writes and then warns about."""
+    settings = json.loads(path.read_text())
+    for key in ("_name_or_path", "block_out_channels"):
+        settings.pop(key, None)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def copy_card(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fetch the public emoji sets from npm and render them to 128 px pictures on white.
+"""Fetch the public emoji sets from npm and render them at 128 px: pictures on white, and the concepts' drawings with transparency.
 
     python samples/training/prepare.py
 
@@ -64,10 +64,17 @@ def svg_of(icons: dict, name: str) -> str | None:
     )
 
 
-def on_white(data: bytes, size: int) -> np.ndarray:
-    picture = Image.open(io.BytesIO(data)).convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+def resized(data: bytes, size: int) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
+
+
+def on_white(picture: Image.Image) -> np.ndarray:
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
+
+
+def stacked(rows: list[np.ndarray]) -> torch.Tensor:
+    """[n, channels, size, size]"""
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
 
 
 def main(size: int = typer.Option(128, help="Side of the rendered pictures in pixels.")) -> None:
@@ -78,31 +85,33 @@ def main(size: int = typer.Option(128, help="Side of the rendered pictures in pi
     chars = {n: {plain(k): v for k, v in json.loads((folders[n] / "chars.json").read_text()).items()} for n in icons}
     webp = {plain(path.stem): path for path in (folders["fluent-3d"] / "assets").glob("*.webp")}
 
-    def render(name: str, code: str) -> np.ndarray | None:
+    def render(name: str, code: str) -> Image.Image | None:
         if name == "fluent-3d":
-            return on_white(webp[code].read_bytes(), size) if code in webp else None
+            return resized(webp[code].read_bytes(), size) if code in webp else None
         icon = chars[name].get(code) or chars["noto"].get(code, "")  # sets without code points share Noto's names
         svg = svg_of(icons[name], icon)
         if svg is None:
             return None
         png = resvg_py.svg_to_bytes(svg_string=svg, width=4 * size // 2, height=4 * size // 2)
-        return on_white(bytes(png), size)
+        return resized(bytes(png), size)
 
     chosen = [concept.code for concept in concepts()]
-    tensors, order = {}, {}
+    tensors, drawings, order = {}, {}, {}
     for name in (*AUTOENCODER_SETS, "twemoji", "emojione"):
-        rows, codes = [], []
+        rows, drawn, codes = [], [], []
         others = [plain(entry["hexcode"]) for entry in labels] if name in AUTOENCODER_SETS else []
         for code in track(list(dict.fromkeys([*chosen, *others])), description=f"{name:12}"):
             picture = render(name, code)
             if picture is not None:
-                rows.append(picture)
+                rows.append(on_white(picture))
                 codes.append(code)
+                if code in chosen:  # they come first
+                    drawn.append(np.asarray(picture))
             elif code in chosen and name in ("noto", "fluent-flat", "fluent-3d"):
                 raise SystemExit(f"{name} has no picture of {code}: take it out of concepts.txt.")
-        tensors[name] = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
-        order[name] = codes
+        tensors[name], drawings[name], order[name] = stacked(rows), stacked(drawn), codes
     save_file(tensors, WORK / f"pictures-{size}.safetensors")
+    save_file(drawings, WORK / f"drawings-{size}.safetensors")
     (WORK / "order.json").write_text(json.dumps(order))
     typer.echo(", ".join(f"{name}: {len(codes)}" for name, codes in order.items()))
 

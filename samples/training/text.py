@@ -20,7 +20,7 @@ from transformers import (
 
 from data import all_captions
 
-LENGTH = 16  # text tokens, padding included
+LENGTH = 24  # text tokens, padding included
 WIDTH = 192
 
 

@@ -1,23 +1,24 @@
-"""Train one embedded pipeline: its transformer together with its text encoders, first at 64 px, then at 128 px.
+"""Train one embedded pipeline on scenes: its transformer together with its text encoders, at several sizes from 64 to 128 px.
 
-    python samples/training/train.py flux
-    python samples/training/train.py pixart
+    python samples/training/train.py flux --start samples/emoji-flux
+    python samples/training/train.py pixart --start samples/emoji-pixart
 
-Needs the pictures of prepare.py and the autoencoder of autoencoder.py. PixArt starts with the T5 that FLUX has trained: its only
-way to the text, cross-attention, finds none to speak of in a T5 that knows nothing yet.
+Needs the drawings of prepare.py and the autoencoder of border.py. --start takes over the weights of a finished pipeline, word by
+word where the vocabulary has changed; without it a training begins from random weights, and PixArt with the T5 that FLUX has
+trained: its only way to the text, cross-attention, finds none to speak of in a T5 that knows nothing yet.
 
-A checkpoint every few minutes; the same command goes on where it stopped, and --samples-128 may be raised to go on after the end.
-Without its checkpoint, a finished pipeline is trained on with --start FOLDER, --samples-64 0 and a lower --lr.
+The first part sees small pictures, the second one mostly 128 px. Scenes are encoded once and kept on disk for both families. A
+checkpoint every few minutes; the same command goes on where it stopped, and --samples-large may be raised to go on after the end.
 Writes the finished pipeline in diffusers format.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
@@ -33,11 +34,15 @@ from diffusers import (
 from rich.progress import Progress, TimeElapsedColumn
 from transformers import T5EncoderModel
 
-from common import copy_card, load_checkpoint, save_checkpoint, sheet
-from data import STYLES, WORK, caption, pairs, pictures, prompt
+from common import clean_config, copy_card, load_checkpoint, save_checkpoint, sheet
+from data import WORK, Scene, compose, pairs, scene, scene_caption, scene_prompt
 from text import LENGTH, WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 
-DROPOUT = 0.07  # share of empty captions, for classifier-free guidance
+DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
+SIZES = {  # of pictures, height and width in pixels, and how often each comes; the first part of a training and the second
+    "small": ([(64, 64), (64, 96), (96, 64), (96, 96)], [6, 1, 1, 3]),
+    "large": ([(128, 128), (128, 96), (96, 128), (128, 64), (96, 96), (64, 64)], [12, 1, 1, 1, 2, 2]),
+}
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # PixArt's
 
 
@@ -74,7 +79,7 @@ class Flux(torch.nn.Module):
         noise = torch.randn(x.shape, generator=generator)
         t = torch.randn(len(x), generator=generator).sigmoid()
         noisy = torch.lerp(x, noise, t[:, None, None])
-        ids = image_places(latents.shape[-1] // 2)
+        ids = FluxPipeline._prepare_latent_image_ids(1, latents.shape[2] // 2, latents.shape[3] // 2, "cpu", torch.float32)
         output = self.transformer(noisy, text, pooled, t, img_ids=ids, txt_ids=torch.zeros(LENGTH, 3), return_dict=False)[0]
         return F.mse_loss(output, noise - x)
 
@@ -143,24 +148,33 @@ class PixArt(torch.nn.Module):
         return PixArtSigmaPipeline(self.tokenizer, self.text_encoder, vae, self.transformer, scheduler)
 
 
-def image_places(side: int) -> torch.Tensor:
-    """RoPE ids [side * side, 3]: a small picture lies on the grid of the 16 x 16 one and keeps its place when it grows."""
-    place = (torch.arange(side) + 0.5) * (16 / side) - 0.5
-    ids = torch.zeros(side, side, 3)
-    ids[..., 1], ids[..., 2] = place[:, None], place[None, :]
-    return ids.flatten(0, 1)
+def take_over(model: Flux | PixArt, folder: Path) -> None:
+    """The weights of a finished pipeline; those of words by the word, whatever its place in either vocabulary."""
+    for name, part in model.named_children():
+        old, new = type(part).from_pretrained(folder / name, torch_dtype=torch.float32).state_dict(), part.state_dict()
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        for key, value in old.items():
+            if key.endswith(("token_embedding.weight", "embed_tokens.weight", "shared.weight")):
+                places = getattr(model, tokenizer).get_vocab()
+                known = type(getattr(model, tokenizer)).from_pretrained(folder / tokenizer).get_vocab()
+                both = [word for word in places if word in known]
+                new[key][[places[word] for word in both]] = value[[known[word] for word in both]]
+            elif key.endswith("position_embedding.weight"):
+                new[key][: len(value)] = value
+            else:
+                new[key].copy_(value)
+        part.load_state_dict(new)
 
 
-def sample(model: Flux | PixArt, vae: AutoencoderTiny, prompts: list[str], size: int, seed: int = 0) -> torch.Tensor:
-    """Pictures [n, 3, size, size] in -1..1 from the stock pipeline, each from its own seed."""
+def sample(model: Flux | PixArt, vae: AutoencoderTiny, prompts: list[str], size: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """Pictures [n, 3, height, width] in -1..1 from the stock pipeline, each from its own seed."""
     pipe = model.pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
     extra = {"use_resolution_binning": False} if isinstance(model, PixArt) else {}
-    pipe._prepare_latent_image_ids = lambda batch, height, width, *args: image_places(height)  # FLUX alone asks for it
     images = pipe(
         prompts,
-        height=size,
-        width=size,
+        height=size[0],
+        width=size[1],
         num_inference_steps=model.steps,
         guidance_scale=model.guidance,
         max_sequence_length=LENGTH,
@@ -171,13 +185,40 @@ def sample(model: Flux | PixArt, vae: AutoencoderTiny, prompts: list[str], size:
     return images * 2 - 1
 
 
-@torch.no_grad()
-def encode_pictures(vae: AutoencoderTiny, rows: list, size: int) -> torch.Tensor:
-    """Latents [n, 8, size / 4, size / 4] of (concept, style) pairs."""
-    images, order = pictures(), json.loads((WORK / "order.json").read_text())
-    pixels = torch.stack([images[STYLES[style]][order[STYLES[style]].index(c.code)] for c, style in rows])
-    pixels = F.interpolate(pixels.float() / 127.5 - 1, size=(size, size), mode="area")
-    return torch.cat([vae.encode(part).latents for part in pixels.split(32)])
+class Scenes:
+    """The training's scenes: the n-th one of a size is always the same, and is composed and encoded when it is first asked for.
+
+    Latents are kept in float16 in files beside the checkpoints, so that the other family and a resumed training find them there.
+    """
+
+    def __init__(self, vae: AutoencoderTiny, count: int, folder: Path = WORK / "scenes") -> None:
+        self.vae, self.count, self.folder, self.rows = vae, count, folder, pairs()[0]
+        self.files: dict[tuple[int, int], tuple[np.memmap, np.memmap]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def open(self, size: tuple[int, int]) -> tuple[np.memmap, np.memmap]:
+        if size not in self.files:
+            shape = (self.count, self.vae.config.latent_channels, size[0] // 4, size[1] // 4)
+            arrays = []
+            for kind, dtype, extent in (("latents", np.float16, shape), ("made", np.bool_, shape[:1])):
+                path = self.folder / f"{size[0]}x{size[1]}-{self.count}.{kind}"
+                arrays.append(np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=extent))
+            self.files[size] = arrays[0], arrays[1]
+        return self.files[size]
+
+    def __call__(self, places: list[int], size: tuple[int, int]) -> tuple[torch.Tensor, list[Scene]]:
+        """Latents [n, 8, height / 4, width / 4] of the scenes at these places, and what they show."""
+        latents, made = self.open(size)
+        generators = [random.Random(f"{size} {place}") for place in places]
+        scenes = [scene(rng, self.rows) for rng in generators]
+        if new := [i for i, place in enumerate(places) if not made[place]]:
+            images = torch.stack([compose(scenes[i], *size, generators[i])[0] for i in new])
+            with torch.no_grad():
+                encoded = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latents
+            where = [places[i] for i in new]
+            latents[where] = encoded.half().numpy()
+            made[where] = True
+        return torch.from_numpy(latents[places]).float(), scenes
 
 
 def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> None:
@@ -187,30 +228,27 @@ def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> Non
         if tokenizer is not None:
             tokenizer.backend_tokenizer.no_padding()
     pipe.save_pretrained(folder)
-    config = folder / "vae/config.json"  # AutoencoderTiny writes a key that it then warns about when it is loaded
-    settings = json.loads(config.read_text())
-    settings.pop("block_out_channels", None)
-    config.write_text(json.dumps(settings, indent=2) + "\n")
+    for config in folder.glob("*/config.json"):
+        clean_config(config)
     copy_card(folder)
 
 
-def learning_rate(done: float, stage_one: float, total: float) -> float:
-    """Share of the peak: flat through stage one, then falling in a line to a fiftieth."""
-    if done < 1600:
-        return done / 1600
-    return 1.0 if done < stage_one else 0.02 + 0.98 * (total - done) / (total - stage_one)
+def learning_rate(done: float, total: float) -> float:
+    """Share of the peak: constant after a short rise, then falling in a line to a fiftieth over the last quarter."""
+    return min(1.0, done / 1600, 0.02 + 0.98 * (total - done) / (0.25 * total))
 
 
 def main(
     family: str = typer.Argument(help="flux or pixart"),
-    samples_64: int = typer.Option(60_000, help="Pictures seen at 64 px (64 image tokens)."),
-    samples_128: int = typer.Option(50_000, help="Pictures seen after that at 128 px (256 image tokens)."),
-    batch: int = typer.Option(32),
-    lr: float = typer.Option(1e-3),
+    samples_small: int = typer.Option(200_000, help="Pictures seen in the first part, of 64 to 96 px."),
+    samples_large: int = typer.Option(150_000, help="Pictures seen after that, most of them of 128 px."),
+    batch: int = typer.Option(32, help="Pictures of 128 px at a time; twice as many of small ones."),
+    lr: float = typer.Option(8e-4),
+    scenes: int = typer.Option(30_000, help="Different scenes of each size."),
     threads: int = typer.Option(torch.get_num_threads(), help="CPU threads; two trainings side by side want one each."),
-    bf16: bool = typer.Option(False, help="Multiply in bfloat16: 2.5 times faster on a CPU with AMX, slower on an old one."),
+    bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a CPU with AMX or AVX512-BF16, slower on an old one."),
     checkpoint_minutes: float = typer.Option(4.0),
-    vae_path: Path = typer.Option(WORK / "vae"),
+    vae_path: Path = typer.Option(WORK / "vae-cured"),
     start: Path = typer.Option(None, help="Folder of a pipeline whose weights to start from, instead of random ones."),
     t5_path: Path = typer.Option(WORK / "emoji-flux/text_encoder_2", help="The T5 that PixArt starts with."),
     out: Path = typer.Option(None, help="Folder of the finished pipeline [default: the checkpoints' folder]"),
@@ -221,17 +259,13 @@ def main(
     out = out or WORK / f"emoji-{family}"
     model = {"flux": Flux, "pixart": PixArt}[family]()
     if start:
-        for name in ("tokenizer", "tokenizer_2") if family == "flux" else ("tokenizer",):
-            setattr(model, name, type(getattr(model, name)).from_pretrained(start / name))
-        for name, part in model.named_children():
-            part.load_state_dict(type(part).from_pretrained(start / name, torch_dtype=torch.float32).state_dict())
+        take_over(model, start)
     elif family == "pixart":
         model.text_encoder.load_state_dict(T5EncoderModel.from_pretrained(t5_path).state_dict())
-    vae = AutoencoderTiny.from_pretrained(vae_path).eval()
-    train, held = pairs()
-    latents = {size: encode_pictures(vae, train, size) for size in (64, 128)}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
+    pool = Scenes(vae, scenes)
     parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     average = [p.detach().clone() for p in parameters]
     path, done, step, spent = out.with_suffix(".pt"), 0, 0, 0.0
     if state := load_checkpoint(path):
@@ -240,17 +274,18 @@ def main(
         for a, b in zip(average, state["average"], strict=True):
             a.copy_(b)
         done, step, spent = state["done"], state["step"], state["spent"]
-    sheet_rows = [*random.Random(1).sample(train, 12), *held[:6]]
-    total = samples_64 + samples_128
+    total = samples_small + samples_large
+    rng = random.Random(1)
+    shown = [scene(rng, pairs()[0]) for _ in range(18)]
 
     def swap_average() -> None:
         for p, a in zip(parameters, average, strict=True):
             p.data, a.data = a.data, p.data
 
-    def write_sheet(size: int) -> None:
+    def write_sheet() -> None:
         swap_average()
         model.eval()
-        pages = sample(model, vae, [prompt(c, s) for c, s in sheet_rows], size)
+        pages = sample(model, vae, [scene_prompt(s) for s in shown], (96, 96) if done < samples_small else (128, 128))
         sheet(pages, 6, out.parent / f"sheets/{family}-{done:07d}.png")
         model.train()
         swap_average()
@@ -258,27 +293,30 @@ def main(
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), "{task.fields[note]}") as progress:
         bar = progress.add_task(family, total=total, completed=done, note="")
         clock = time.monotonic()
-        saved, running = clock, {}
+        saved, running = clock, 0.0
         while done < total:
-            size = 64 if done < samples_64 else 128
             generator, rng = torch.Generator().manual_seed(step), random.Random(step)
-            rows = torch.randint(len(train), (batch,), generator=generator)
-            captions = ["" if rng.random() < DROPOUT else caption(*train[i], rng) for i in rows]
+            sizes, shares = SIZES["small" if done < samples_small else "large"]
+            size = rng.choices(sizes, shares)[0]
+            count = batch if size[0] * size[1] > 96 * 96 else 2 * batch
+            latents, rows = pool([rng.randrange(scenes) for _ in range(count)], size)
+            captions = ["" if rng.random() < DROPOUT else scene_caption(row, rng) for row in rows]
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = model.loss(latents[size][rows], captions, generator)
+                loss = model.loss(latents, captions, generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.param_groups[0]["lr"] = lr * learning_rate(done, samples_64, total)
+            optimizer.param_groups[0]["lr"] = lr * learning_rate(done, total)
             optimizer.step()
             optimizer.zero_grad()
-            step, done = step + 1, done + batch
+            step, done = step + 1, done + count
             torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.999, step / (step + 10)))
-            running[size] = 0.98 * running.get(size, loss.item()) + 0.02 * loss.item()
-            progress.update(bar, completed=done, note=f"{size} px, loss {running[size]:.4f}")
+            running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
+            progress.update(bar, completed=done, note=f"{size[0]} x {size[1]} px, loss {running:.4f}")
             if (now := time.monotonic()) - saved > checkpoint_minutes * 60 or done >= total:
                 state = {"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
                 save_checkpoint(path, **state, done=done, step=step, spent=spent + now - clock)
-                write_sheet(size)
+                write_sheet()
+                progress.console.print(f"{family}: {done} pictures, {(spent + now - clock) / 60:.0f} minutes, loss {running:.4f}")
                 saved = time.monotonic()
     swap_average()
     save_pipeline(model.eval().pipeline(vae), out)
