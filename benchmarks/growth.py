@@ -33,7 +33,7 @@ from rich.progress import track
 from rich.table import Table
 
 import dit_accel
-from dit_accel import SelectionContext, TokenCacheConfig, importance, merging, schedule, selection
+from dit_accel import SelectionContext, TokenCacheConfig, importance, merging, when, which
 from dit_accel.families import flux
 from dit_accel.families.attention import key_and_value_observations
 from pipelines.pictures import write_atomically
@@ -62,7 +62,7 @@ LAYERS = {"flux": Layer(3072, 24, TEXT["flux"], "joint"), "pixart": Layer(1152, 
 
 def selecting(name: str, layer: Layer, tokens: int, config: TokenCacheConfig, **like: Any) -> Work:
     """One selection among so many image tokens, a square, from random inputs of type and device `like`; returns index [1, k]."""
-    selector, side = selection.get(name), math.isqrt(tokens)
+    selector, side = which.get(name), math.isqrt(tokens)
     text = layer.text if layer.stream == "joint" else 0
     total, shape = tokens + text, (layer.heads, layer.channels // layer.heads)
     states, heads, words = (
@@ -70,7 +70,7 @@ def selecting(name: str, layer: Layer, tokens: int, config: TokenCacheConfig, **
     )
     noise, ages = torch.rand(1, total, device=heads.device), torch.ones(1, total, device=heads.device)
     asked = importance.sample(total, importance.query_stride(total, config.query_share), heads.device)
-    count = schedule.tokens_to_compute(1 - config.cache_ratio, total)
+    count = when.tokens_to_compute(1 - config.cache_ratio, total)
 
     def observe(need: str) -> torch.Tensor:
         if need == "attention":
@@ -85,7 +85,7 @@ def selecting(name: str, layer: Layer, tokens: int, config: TokenCacheConfig, **
         where = SimpleNamespace(layer=0, stream=layer.stream, step=1)
         observed = {need: observe(need) for need in selector.needs}
         context = SelectionContext(states, ages, noise, count, (side, side), text, where, **observed)
-        scores = selection.total_scores(selector.score(context), ages, config.age_weight, config.interval)
+        scores = which.total_scores(selector.score(context), ages, config.age_weight, config.interval)
         return scores.topk(count, dim=-1, sorted=False).indices
 
     return work
@@ -138,7 +138,7 @@ def works() -> dict[tuple[str, str], Callable[..., Work]]:
     for what, by, config, ahead in (("step", "stock", None, 0), ("full step", OURS, FULL, 0), ("partial step", OURS, CACHE, 1)):
         found[what, by] = partial(stepping, config, ahead)
     for name in dit_accel.selectors():
-        family = "flux" if selection.get(name).needs <= flux.OBSERVATIONS else "pixart"
+        family = "flux" if which.get(name).needs <= flux.OBSERVATIONS else "pixart"
         found[f"selection: {name}", OURS] = partial(selecting, name, LAYERS[family], config=CACHE)
     for what, then_merge in (("matching", False), ("merge and unmerge", True)):
         for by, make in ((OURS, matching), ("tomesd", matching_of_tomesd)):

@@ -3,8 +3,8 @@
 from dit_accel.apply import apply, attn_processors, remove
 from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.report import Report, report
-from dit_accel.schedule import Place
-from dit_accel.selection import SelectionContext, register_selector, selectors
+from dit_accel.when import Place
+from dit_accel.which import SelectionContext, register_selector, selectors
 
 __all__ = [
     "Place",

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dit_accel import selection
+from dit_accel import which
 from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.families import family_of
 from dit_accel.state import Run
@@ -102,7 +102,7 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> dic
     transformer = transformer_of(model)
     family = family_of(transformer)
     hook.refuse_other_caches(transformer)
-    if missing := sorted(selection.get(cache.selector).needs - family.OBSERVATIONS):
+    if missing := sorted(which.get(cache.selector).needs - family.OBSERVATIONS):
         raise ValueError(
             f"The selector {cache.selector!r} needs {', '.join(missing)}, which {type(transformer).__name__} does not have; "
             "choose another one."

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dit_accel import schedule, selection
+from dit_accel import when, which
 
 TEXT_TOKENS = ("select", "reuse", "full")
 FILLS = ("reuse", "forecast")
@@ -109,7 +109,7 @@ class TokenCacheConfig(_Options):
     selector: str = "random"
     warmup_steps: int = 1
     interval_spread: float = 0.0
-    ratio_schedule: str | schedule.RatioSchedule = "constant"
+    ratio_schedule: str | when.RatioSchedule = "constant"
     steps: int | None = None
     age_weight: float = 0.25
     spatial_bonus: float = 0.0
@@ -142,7 +142,7 @@ class TokenCacheConfig(_Options):
                 raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}.")
         choices = [("text_tokens", TEXT_TOKENS), ("fill", FILLS), ("cache_dtype", (None, *CACHE_DTYPES))]
         if not callable(self.ratio_schedule):
-            choices.append(("ratio_schedule", tuple(schedule.RATIO_SCHEDULES)))
+            choices.append(("ratio_schedule", tuple(when.RATIO_SCHEDULES)))
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}.")
@@ -151,7 +151,7 @@ class TokenCacheConfig(_Options):
                 torch.device(self.cache_device)
             except RuntimeError as error:
                 raise ValueError(f"cache_device must name a device of torch, not {self.cache_device!r}.") from error
-        selection.get(self.selector)
+        which.get(self.selector)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TokenCacheConfig:

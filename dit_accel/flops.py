@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_accel.families import family_of
-from dit_accel.schedule import Mode
 from dit_accel.state import Call, Matched, Run
+from dit_accel.when import Mode
 
 
 def on_meta(value: Any) -> Any:

@@ -10,8 +10,8 @@ import torch
 
 from dit_accel.apply import run_of, transformer_of
 from dit_accel.flops import FlopCounter
-from dit_accel.schedule import Mode
 from dit_accel.state import Call
+from dit_accel.when import Mode
 
 if TYPE_CHECKING:
     import pandas

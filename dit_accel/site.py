@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dit_accel import fill, schedule, selection
+from dit_accel import fill, when, which
 from dit_accel.config import TokenCacheConfig
-from dit_accel.schedule import Mode
+from dit_accel.when import Mode
 
 Take = Callable[[torch.Tensor], torch.Tensor]
 
@@ -21,7 +21,7 @@ class Memory:
         self.terms: tuple[Any, ...] = ()  # features before the gate, [B, N, C] or a tuple of them; then their derivatives
         self.past: tuple[Any, ...] = ()  # on a full step: the terms before it that the new ones are made from
         self.ages: torch.Tensor | None = None  # [1 or B, N]
-        self.observed: dict[str, torch.Tensor] = {}  # what the selector needs, by the names of selection.OBSERVATIONS
+        self.observed: dict[str, torch.Tensor] = {}  # what the selector needs, by the names of which.OBSERVATIONS
         self.text: dict[str, torch.Tensor] = {}  # projections of the text in a cross-attention, by the names of their layers
 
     def begin_full(self, order: int) -> None:
@@ -40,7 +40,7 @@ class Site:
 
     def __init__(self, config: TokenCacheConfig, layer: int, stream: str) -> None:
         self.config, self.layer, self.stream = config, layer, stream
-        self.selector = selection.get(config.selector)
+        self.selector = which.get(config.selector)
         self.order = config.forecast_order if config.fill == "forecast" else 0
         self.release()
 
@@ -60,20 +60,20 @@ class Site:
         """Tokens of this computation; 0 if nothing is remembered of it, or if it is reused whole."""
         return self.memory.terms[0].shape[1] if self.memory.terms and self.stream != "attention" else 0
 
-    def share(self, place: schedule.Place) -> float:
+    def share(self, place: when.Place) -> float:
         """Share of the tokens to compute, before it is clamped."""
         rule = self.config.ratio_schedule
-        return (1 - self.config.cache_ratio) * (rule if callable(rule) else schedule.RATIO_SCHEDULES[rule])(place)
+        return (1 - self.config.cache_ratio) * (rule if callable(rule) else when.RATIO_SCHEDULES[rule])(place)
 
     def expect(self, share: float, text_length: int) -> None:
         """Work out how many tokens this partial step computes; only the joint sequence starts with text."""
         self.text, tokens = text_length if self.stream == "joint" else 0, self.tokens
         if self.config.text_tokens == "select":
-            self.count = schedule.tokens_to_compute(share, tokens)
+            self.count = when.tokens_to_compute(share, tokens)
         elif self.stream == "text":
             self.count = tokens if self.config.text_tokens == "full" else 0
         else:
-            self.count = schedule.tokens_to_compute(share, max(0, tokens - self.text))
+            self.count = when.tokens_to_compute(share, max(0, tokens - self.text))
             self.count += self.text if self.config.text_tokens == "full" else 0
 
     def recall(self, like: torch.Tensor) -> Any:
@@ -156,7 +156,7 @@ class Site:
         always = start if config.text_tokens == "full" else 0
         if self.count == always:
             return torch.arange(always, device=tokens.device)[None].expand(len(noise), -1)
-        context = selection.SelectionContext(
+        context = which.SelectionContext(
             tokens=tokens[:, start:],
             ages=ages[:, start:],
             noise=noise[:, start:],
@@ -176,7 +176,7 @@ class Site:
         bonus = config.spatial_bonus if self.stream != "text" else 0.0
         averaged = self.halves and self.selector.per_picture and len(scores) > 1
         if config.age_weight or bonus or averaged:  # otherwise only their order counts
-            scores = selection.total_scores(
+            scores = which.total_scores(
                 scores, context.ages, config.age_weight, config.interval, bonus, self.grid, config.spatial_tile, context.text
             )
         if averaged:

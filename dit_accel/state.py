@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from dit_accel import fill, merging, schedule
+from dit_accel import fill, merging, when
 from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.merge_site import MergeSite, Shared
-from dit_accel.schedule import Mode
 from dit_accel.site import Memory, Site, choose_together
+from dit_accel.when import Mode
 
 
 class Matched(Enum):
@@ -215,7 +215,7 @@ class Run:
             wait = (
                 1
                 if step + 1 < config.warmup_steps
-                else schedule.interval_after(step, config.interval, config.interval_spread, self.steps)
+                else when.interval_after(step, config.interval, config.interval_spread, self.steps)
             )
             branch.full_step, branch.next_full_step = step, step + wait
         order = config.forecast_order if config.fill == "forecast" else 0
@@ -232,7 +232,7 @@ class Run:
         if mode is Mode.PARTIAL:
             streams = [site.stream for site in self.sites]
             for site in chosen:
-                place = schedule.Place(step, self.steps, site.layer, streams.count(site.stream), site.stream)
+                place = when.Place(step, self.steps, site.layer, streams.count(site.stream), site.stream)
                 site.expect(site.share(place), text_length)
             lengths = [site.tokens for site in chosen]
             noise = torch.rand(1, sum(lengths), generator=branch.generator).to(device).split(lengths, dim=1)

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from dit_accel.schedule import Mode
+from dit_accel.when import Mode
 from pipelines.generation import denoise, settings_for
 from pipelines.inspection import draw, usable
 from pipelines.loading import load

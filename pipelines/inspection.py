@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import dit_accel
-from dit_accel import Report, TokenCacheConfig, selection
+from dit_accel import Report, TokenCacheConfig, which
 from dit_accel.families import family_of
 from pipelines.generation import Settings, denoise
 from pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
@@ -106,7 +106,7 @@ def overlay(image: Image.Image, share: np.ndarray, most: float) -> Image.Image:
 def usable(pipe: Any, config: TokenCacheConfig) -> list[TokenCacheConfig]:
     """The configuration with every selector that this pipeline can use."""
     known = family_of(pipe.transformer).OBSERVATIONS
-    return [replace(config, selector=name) for name in dit_accel.selectors() if selection.get(name).needs <= known]
+    return [replace(config, selector=name) for name in dit_accel.selectors() if which.get(name).needs <= known]
 
 
 def draw(

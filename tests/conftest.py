@@ -31,7 +31,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from dit_accel import selection
+from dit_accel import which
 
 TEXT_LENGTH = 8  # words and punctuation marks
 CLIP_LENGTH = 32  # characters
@@ -173,7 +173,7 @@ def quiet(pipe):
 
 @pytest.fixture(autouse=True)
 def selectors_of_a_test_end_with_it(monkeypatch) -> None:
-    monkeypatch.setattr(selection, "_SELECTORS", dict(selection._SELECTORS))
+    monkeypatch.setattr(which, "_SELECTORS", dict(which._SELECTORS))
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from dit_accel.merge_site import MergeSite
-from dit_accel.schedule import Mode
 from dit_accel.site import Site
+from dit_accel.when import Mode
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines of every position, [S, D]
 MERGED_QUERIES, MERGED_KEYS = ("to_q",), ("to_k", "to_v")  # projections

@@ -9,8 +9,8 @@ import torch
 from diffusers.models import attention
 
 from dit_accel.merge_site import MergeSite
-from dit_accel.schedule import Mode
 from dit_accel.site import Site
+from dit_accel.when import Mode
 
 FEED_FORWARDS = ("ff", "ff_context")
 

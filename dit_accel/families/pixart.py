@@ -9,7 +9,7 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models import attention as diffusers_attention
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from dit_accel import selection
+from dit_accel import which
 from dit_accel.families import blocks
 from dit_accel.families.attention import (
     MERGED,
@@ -23,12 +23,12 @@ from dit_accel.families.attention import (
     unwrapped,
 )
 from dit_accel.importance import attention_entropy, attention_received, query_stride, sample
-from dit_accel.schedule import Mode
 from dit_accel.site import Site, Take
 from dit_accel.state import Run
+from dit_accel.when import Mode
 
 TRANSFORMER = PixArtTransformer2DModel
-OBSERVATIONS = frozenset(selection.OBSERVATIONS)
+OBSERVATIONS = frozenset(which.OBSERVATIONS)
 TIMESTEP_SCALE = 1
 BATCHED_GUIDANCE = True
 plain = diffusers_attention.BasicTransformerBlock.forward  # called like this for the reasons given in families/flux.py

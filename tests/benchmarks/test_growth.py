@@ -11,7 +11,7 @@ import torch
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from dit_accel.schedule import Mode
+from dit_accel.when import Mode
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # its scripts import each other by their bare names
 from growth import Layer, add_exponents, exponent, matching, measure, selecting  # noqa: E402

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel import TokenCacheConfig, TokenMergeConfig, flops
-from dit_accel.schedule import Mode
+from dit_accel.when import Mode
 
 PIXART = {"use_resolution_binning": False, "clean_caption": False, "guidance_scale": 3.0}
 

@@ -14,7 +14,7 @@ import dit_accel
 from dit_accel import TokenCacheConfig, importance
 from dit_accel.families.flux import FluxTokenCacheAttnProcessor
 from dit_accel.families.pixart import PixArtTokenCacheAttnProcessor
-from dit_accel.schedule import Mode
+from dit_accel.when import Mode
 from tests.dit_accel import reference
 
 CONFIG = TokenCacheConfig(interval=3, cache_ratio=0.7, selector="attention", age_weight=0.05)

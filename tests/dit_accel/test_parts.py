@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dit_accel
-from dit_accel import TokenCacheConfig, fill, importance, selection
-from dit_accel.schedule import Mode, tokens_to_compute
+from dit_accel import TokenCacheConfig, fill, importance, which
 from dit_accel.state import Inputs, Run
+from dit_accel.when import Mode, tokens_to_compute
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_attention_received_is_the_column_mean_of_the_map(queries, keys):
 
 def test_age_and_normalisation_of_scores():
     scores, ages = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 0.0]])
-    torch.testing.assert_close(selection.total_scores(scores, ages, 0.25, 4), torch.tensor([[0.6 + 0.25 * 2 / 4, 0.8]]))
-    torch.testing.assert_close(selection.total_scores(scores, ages, 0.0, 4), torch.tensor([[0.6, 0.8]]))
+    torch.testing.assert_close(which.total_scores(scores, ages, 0.25, 4), torch.tensor([[0.6 + 0.25 * 2 / 4, 0.8]]))
+    torch.testing.assert_close(which.total_scores(scores, ages, 0.0, 4), torch.tensor([[0.6, 0.8]]))
 
 
 def test_age_makes_every_token_take_its_turn(tiny_flux):
@@ -154,7 +154,7 @@ def test_drift_in_pieces_is_the_cosine_of_every_token():
     """Of more tokens than are compared at once, and a number that no piece divides."""
     now, last = torch.randn(2, 2, 1111, 6, generator=torch.Generator().manual_seed(0))
     nothing = dict(ages=torch.zeros(1, 1111), noise=torch.zeros(1, 1111), count=1, grid=(1, 1111), text=0, where=None)
-    found = selection.get("drift").score(selection.SelectionContext(tokens=now, last_tokens=last, **nothing))
+    found = which.get("drift").score(which.SelectionContext(tokens=now, last_tokens=last, **nothing))
     cosine = (now * last).sum(-1) / (now.norm(dim=-1) * last.norm(dim=-1))
     torch.testing.assert_close(found, 1 - cosine)
 

@@ -1,0 +1,253 @@
+"""Which run, step, time and guidance branch a call of a transformer belongs to.
+
+A pipeline's scheduler knows all of it on the host: its `timesteps` are another tensor in every run, and its `step_index` moves on
+between steps. So nothing is read from the device, except once when a run begins. Where no scheduler drives the calls (a sampling
+loop of one's own), the time is read from the call's argument, and what cannot be the next step of the same run starts afresh.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# How transformers are told the time that their scheduler calls t.
+ARGUMENTS: tuple[Callable[[float], float], ...] = (lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000)
+ROSE = "the time rose"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call before it is carried out.
+
+    Attributes:
+        latents: a tensor, or a list of them.
+        text: what tells guidance branches apart; a tensor, a list of them, or None.
+        timestep: a tensor whose last element counts, or a number.
+        context: diffusers' `CacheContext`, if the pipeline names its calls.
+    """
+
+    latents: Any
+    text: Any
+    timestep: Any
+    context: Any = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a call lies.
+
+    Attributes:
+        begins: whether a run begins here: everything remembered belongs to another one.
+        fresh: whether this branch begins here, or begins anew because its text changed.
+        branch: number of the guidance branch, in the order in which the run met them.
+        step: from 0, where the run began.
+        time: as the transformer is told it.
+        steps: of the whole run; None if unknown.
+        times: of all steps; empty if unknown.
+    """
+
+    begins: bool
+    fresh: bool
+    branch: int
+    step: int
+    time: float
+    steps: int | None
+    times: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """What tells branches apart: tensors, and how often they were written to."""
+
+    tensors: tuple[torch.Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, text: Any) -> _Text:
+        tensors = tuple(t for t in (text if isinstance(text, (list, tuple)) else (text,)) if isinstance(t, torch.Tensor))
+        return cls(tensors, tuple(-1 if t.is_inference() else t._version for t in tensors))
+
+    def is_that_of(self, other: _Text) -> bool:
+        """Whether these are the very same tensors, whatever was written to them since."""
+        return len(self.tensors) == len(other.tensors) and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+
+    def equals(self, other: _Text) -> bool:
+        """Whether they hold the same; numbers are compared only where the tensors are others."""
+        if self.is_that_of(other):
+            return self.versions == other.versions
+        return len(self.tensors) == len(other.tensors) and all(map(_equal, self.tensors, other.tensors))
+
+
+@dataclass
+class _Branch:
+    name: str | None
+    text: _Text
+    step: int  # of its last call
+    time: float
+
+
+@dataclass
+class Clock:
+    """Follows the calls of one transformer.
+
+    Args:
+        scheduler: gives the pipeline's scheduler, or None where there is no pipeline.
+
+    Attributes:
+        why: why the last call began a run though another one was under way, in words; empty where it did not.
+    """
+
+    scheduler: Callable[[], Any] = lambda: None
+    why: str = ""
+    _branches: list[_Branch] = field(default_factory=list)
+    _running: bool = False
+    _signature: tuple[Any, ...] = ()
+    _timesteps: Any = None  # the scheduler's own, kept so that no other can be taken for it
+    _times: tuple[float, ...] = ()  # as the transformer is told them
+    _driven: bool = False  # by the scheduler
+    _told: bool = False  # whether the transformer is told what ARGUMENTS makes of the scheduler's times
+    _start: int = 0  # index of the run's first step
+    _step: int = 0
+    _time: float = float("nan")
+    _direction: int = 0  # of the time where nothing drives; 0 while only one is known
+
+    def end(self) -> None:
+        """The run is over; the next call begins another."""
+        self._running, self._branches = False, []
+
+    def tick(self, call: Call) -> Moment:
+        """Where this call lies."""
+        latents = call.latents if isinstance(call.latents, (list, tuple)) else [call.latents]
+        # Without the batch: a branch of its own may be called with another one.
+        signature = (threading.get_ident(), *((t.shape[1:], t.dtype, t.device) for t in latents[:1]))
+        index, why = self._index(call)
+        if self._running and signature != self._signature:
+            why = "the shape, type or device of the latents changed, or another thread called"
+        time = self._times[index] if index is not None else _number(call.timestep)
+        text, name = _Text.of(call.text), getattr(call.context, "name", None)
+        branch = self._find(name, text, index, time) if self._running and not why else None
+        if branch is not None and index is not None and branch.step == index - self._start:
+            # The scheduler has not moved on between two calls of one branch: it does not drive them.
+            self._driven, index, time = False, None, _number(call.timestep)
+        if index is None and self._running and not why:
+            why = self._against(time, branch)
+        if begins := bool(why) or not self._running:
+            self.why, self._branches, branch = why, [], None
+            self._running, self._signature, self._start = True, signature, index or 0
+            self._step = self._direction = 0
+        elif index is not None:
+            self._step = index - self._start
+        elif time != self._time:
+            self._step, self._direction = self._step + 1, 1 if time > self._time else -1
+        self._time = time
+        fresh = branch is None or not branch.text.equals(text)
+        if branch is None:
+            branch = _Branch(name, text, self._step, time)
+            self._branches.append(branch)
+        branch.text, branch.step, branch.time = text, self._step, time
+        times = self._times[self._start :] if index is not None else ()
+        return Moment(begins, fresh, self._branches.index(branch), self._step, time, len(times) or None, times)
+
+    def _index(self, call: Call) -> tuple[int | None, str]:
+        """The scheduler's step, or None where it cannot be trusted; and why a run begins, where that is seen from it."""
+        scheduler, why = self.scheduler(), ""
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
+            return None, ""
+        if timesteps is not self._timesteps:
+            self._timesteps, self._times, self._driven = timesteps, tuple(map(float, timesteps.tolist())), True
+            why = "the scheduler was set anew"
+        if not self._driven:
+            return None, why
+        index = getattr(call.context, "step_index", None)
+        if index is None:
+            index = _place(call.timestep, timesteps)
+        if index is None and hasattr(scheduler, "step_index"):
+            index = scheduler.step_index
+            index = getattr(scheduler, "begin_index", None) or 0 if index is None else index
+        if why:
+            index = self._read(index, _number(call.timestep))
+        elif index is None or (self._told and not _on_device(call.timestep)):
+            index = self._checked(index, _number(call.timestep))
+        if index is None or index >= len(self._times):
+            self._driven = False
+            return None, why
+        if self._running and not why and index < self._start + self._step:
+            why = "the scheduler went back"
+        return index, why
+
+    def _read(self, index: int | None, number: float) -> int | None:
+        """The step of a run's first call, told this number; from now on times are what the transformer is told."""
+        times = self._times
+        for argument in ARGUMENTS:
+            self._times = tuple(argument(t) for t in times)
+            if (found := self._checked(index, number)) is not None:
+                self._told = True
+                return found
+        self._times, self._told = times, False  # told something else altogether: the scheduler's moving on is what counts
+        return index
+
+    def _checked(self, index: int | None, number: float) -> int | None:
+        """The step if the transformer may be told this number there; of a scheduler that counts no steps, the step it is told."""
+        if index is None:
+            away = [abs(t - number) for t in self._times]
+            index = away.index(min(away))
+        return index if index < len(self._times) and _near(self._times[index], number) else None
+
+    def _against(self, time: float, branch: _Branch | None) -> str:
+        """Why this time cannot be that of the next step; empty if it can."""
+        if branch is not None and branch.time == time:
+            return "the transformer was called again at the same timestep with the same text"
+        direction = (time > self._time) - (time < self._time)
+        if direction * self._direction < 0:
+            return "the time turned back"
+        if direction > 0 and not self._direction and self.why != ROSE:
+            return ROSE  # only when it rises again, this is a run in which it rises
+        return ""
+
+    def _find(self, name: str | None, text: _Text, index: int | None, time: float) -> _Branch | None:
+        """By name; else by the very tensors of the text; else by what they hold; else by its turn among the calls of a step."""
+        if name is not None:
+            return next((b for b in self._branches if b.name == name), None)
+        unnamed = [b for b in self._branches if b.name is None]
+        for same in (_Text.is_that_of, _Text.equals):
+            for branch in unnamed:
+                if same(branch.text, text):
+                    return branch
+        waiting = [b for b in unnamed if (b.step != index - self._start if index is not None else b.time != time)]
+        return waiting[0] if waiting and (len(waiting) == len(unnamed) or len(unnamed) > 1) else None
+
+
+def _place(timestep: Any, timesteps: torch.Tensor) -> int | None:
+    """Index of a timestep that is a view of the scheduler's own."""
+    if not isinstance(timestep, torch.Tensor) or not isinstance(timesteps, torch.Tensor) or timestep.dtype != timesteps.dtype:
+        return None
+    if timestep.is_meta or timestep.device != timesteps.device or timestep.ndim > 1:
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    index = int(timestep.storage_offset() - timesteps.storage_offset())
+    return index if 0 <= index < len(timesteps) else None
+
+
+def _on_device(timestep: Any) -> bool:
+    return isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(torch.equal(a, b))
+
+
+def _number(timestep: Any) -> float:
+    if not isinstance(timestep, torch.Tensor):
+        return float(timestep)
+    return float(timestep.reshape(-1)[-1]) if not timestep.is_meta else float("nan")
+
+
+def _near(expected: float, number: float) -> bool:
+    """Half precision rounds, and some models cut fractions off."""
+    return abs(expected - number) <= max(0.01 * abs(expected), 1.0 if expected > 10 else 0.004)
