@@ -7,6 +7,7 @@ import colorsys
 import json
 import os
 import random
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -106,13 +107,16 @@ def held_together(first: Concept, second: Concept) -> bool:
     return random.Random("|".join(sorted((first.code, second.code)))).random() < HELD_OUT_TOGETHER
 
 
+def color_names(rng: random.Random) -> tuple[str, ...]:
+    """Of a random background: one, or two from top to bottom."""
+    return tuple(rng.sample(list(BACKGROUNDS), 1 + (rng.random() < TWO_TONE)))
+
+
 def scene(rng: random.Random, rows: list[tuple[Concept, str]], two: float = TWO, held: bool = False) -> Scene:
     """A random scene of these (concept, style) pairs; a share `two` of them shows two concepts, which are seen together in
     training, or (`held`) are not."""
     concept, style = rng.choice(rows)
-    background: tuple[str, ...] = ()
-    if rng.random() < NAMED:
-        background = tuple(rng.sample(list(BACKGROUNDS), 1 + (rng.random() < TWO_TONE)))
+    background = color_names(rng) if rng.random() < NAMED else ()
     alone = Scene((concept,), style, background=background)
     if rng.random() >= two:
         return alone
@@ -148,7 +152,8 @@ def ground(background: tuple[str, ...], height: int, width: int, rng: random.Ran
 
 
 def compose(scene: Scene, height: int, width: int, rng: random.Random) -> tuple[torch.Tensor, list[tuple[int, int, int, int]]]:
-    """The scene as a picture [3, height, width] in -1..1, and where its subjects lie: (top, left, height, width) of each.
+    """The scene as a picture [3, height, width] in -1..1, and where its subjects lie: (top, left, height, width) of each. Its style
+    is one of STYLES, or the name of any set.
 
     One subject takes 45 to 95 % of the shorter side, anywhere. Two have half of the picture each, left and right or upper and
     lower, and take 60 to 95 % of what fits there.
@@ -163,7 +168,7 @@ def compose(scene: Scene, height: int, width: int, rng: random.Random) -> tuple[
         areas.reverse()
     boxes = []
     for concept, (top, left, tall, wide) in zip(scene.subjects, areas, strict=True):
-        drawing = drawings()[STYLES[scene.style]][concept.code]
+        drawing = drawings()[STYLES.get(scene.style, scene.style)][concept.code]
         longest = max(drawing.shape[1:])
         side = min(tall, wide) * rng.uniform(0.45 if len(areas) == 1 else 0.6, 0.95)
         h, w = (max(1, round(side * n / longest)) for n in drawing.shape[1:])
@@ -207,7 +212,7 @@ def scene_caption(scene: Scene, rng: random.Random) -> str:
         comma = rng.choice((",", ",", ",", ""))
         text += f"{comma} on a {' and '.join(scene.background)} background"
     for vowel in "aeiou":
-        text = text.replace(f"a {vowel}", f"an {vowel}") if rng.random() < 0.5 else text
+        text = re.sub(rf"\ba {vowel}", f"an {vowel}", text) if rng.random() < 0.5 else text
     return text
 
 
