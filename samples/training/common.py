@@ -24,6 +24,14 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True) if path.exists() else None
 
 
+def write_json(path: Path, content: Any) -> None:
+    """All of it or nothing, as a checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(part, path)
+
+
 def clean_config(path: Path) -> None:
     """Take out of a saved config where it was loaded from, and a key that AutoencoderTiny writes and then warns about."""
     settings = json.loads(path.read_text())

@@ -47,11 +47,11 @@ BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # P
 
 
 class Flux(torch.nn.Module):
-    """Rectified flow: velocity = noise - picture, logit-normal times."""
+    """Rectified flow: velocity = noise - picture, logit-normal times. `guided`: with a guidance embedding, for distill.py."""
 
-    steps, guidance = 28, 1.0
+    steps, guidance = 28, 3.5
 
-    def __init__(self) -> None:
+    def __init__(self, guided: bool = False) -> None:
         super().__init__()
         self.tokenizer, self.tokenizer_2 = clip_tokenizer(), t5_tokenizer()
         self.text_encoder, self.text_encoder_2 = clip_encoder(self.tokenizer), t5_encoder(self.tokenizer_2)
@@ -64,7 +64,7 @@ class Flux(torch.nn.Module):
             num_attention_heads=4,
             joint_attention_dim=WIDTH,
             pooled_projection_dim=128,
-            guidance_embeds=False,
+            guidance_embeds=guided,
             axes_dims_rope=(16, 24, 24),
         )
 
@@ -228,7 +228,7 @@ def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> Non
         if tokenizer is not None:
             tokenizer.backend_tokenizer.no_padding()
     pipe.save_pretrained(folder)
-    for config in folder.glob("*/config.json"):
+    for config in (folder / "model_index.json", *folder.glob("*/config.json")):
         clean_config(config)
     copy_card(folder)
 
