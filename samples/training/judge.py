@@ -1,15 +1,19 @@
-"""Train the judge: a small classifier of the concepts that says whether a generated picture shows what was asked for.
+"""Train the judge: a small convolutional network that finds the concepts in a picture, and with them says whether a generated
+picture shows what its prompt asked for: the object, the background's colors, two objects and their places.
 
     python samples/training/judge.py
 
-Trains twice on the pictures of prepare.py. The first run never sees EmojiOne, a style that no generator sees either: its accuracy
-there says how far the judge can be trusted on drawings it does not know. The second run sees all six sets, and is what ships.
+Trains twice on scenes composed of the drawings of prepare.py. The first run never sees EmojiOne, a style that no generator sees
+either: its accuracy there says how far the judge can be trusted on drawings it does not know. The second run sees all six sets, and
+is what ships. An interrupted training goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,13 +23,18 @@ from diffusers import AutoencoderTiny
 from rich.progress import Progress, TimeElapsedColumn
 from safetensors.torch import load_file, save_file
 
-from common import load_checkpoint, save_checkpoint
-from data import STYLES, WORK, concepts, pictures
+from augment import augment
+from common import load_checkpoint, save_checkpoint, write_json
+from data import BACKGROUNDS, HELD_OUT_TOGETHER, STYLES, WORK, Concept, Scene, compose, concepts, drawings, scene
 
 OUT = Path(__file__).parent.parent / "judge"
 SETS = ("noto", "noto-v1", "fluent-flat", "fluent-3d", "twemoji", "emojione")
 UNSEEN = "emojione"
-SIZE, WIDTHS = 64, (24, 48, 96, 160)
+SIDE, CELL, WIDTHS = 96, 16, (24, 48, 96, 160)  # the shorter side it looks at, and what one cell of its map covers, in pixels
+SIZES, SHARES = [(96, 96), (96, 128), (128, 96)], [8, 1, 1]  # of training pictures, and how often each comes
+NOTHING = 0.2  # weight of a cell that shows nothing: most do
+TOLERANCE = 60  # Euclidean distance in RGB within which a color bears a name
+Box = tuple[int, int, int, int]
 
 
 class Residual(torch.nn.Module):
@@ -44,89 +53,156 @@ class Residual(torch.nn.Module):
 
 
 class Judge(torch.nn.Module):
-    """Pictures [n, 3, h, w] in -1..1, any size from 64 px, to logits [n, concepts]."""
+    """Pictures [n, 3, h, w] in -1..1, of any size, to a map of logits [n, concepts + 1, rows, columns]; the last one is of nothing.
 
-    def __init__(self, labels: int, widths: tuple[int, ...] = WIDTHS) -> None:
+    A cell covers 16 x 16 pixels of the picture with its shorter side made 96 px.
+    """
+
+    def __init__(self, codes: list[str], widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
+        self.codes = codes
         self.stem = torch.nn.Sequential(
             torch.nn.Conv2d(3, widths[0], 4, stride=2, padding=1, bias=False),
             torch.nn.BatchNorm2d(widths[0]),
             torch.nn.ReLU(inplace=True),
         )
         self.blocks = torch.nn.Sequential(*(Residual(a, b) for a, b in zip(widths, widths[1:], strict=False)))
-        self.head = torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(widths[-1], labels))
+        self.head = torch.nn.Sequential(torch.nn.Dropout2d(0.1), torch.nn.Conv2d(widths[-1], len(codes) + 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        ink = 1 - F.interpolate(images, size=(SIZE, SIZE), mode="area")  # white is 0, like the padding of the convolutions
-        return self.head(self.blocks(self.stem(ink)).mean(dim=(2, 3)))
+        size = [round(SIDE * n / min(images.shape[2:]) / CELL) * CELL for n in images.shape[2:]]
+        if list(images.shape[2:]) != size:
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return self.head(self.blocks(self.stem(images)))
 
 
-def load_judge(folder: Path = OUT) -> tuple[Judge, list[str]]:
-    """The trained judge, and the code points of its labels in order."""
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of a picture, and whether it is what was asked for; None where that was not asked for."""
+
+    named: tuple[str, ...]  # code points of all concepts, the surest first
+    object: bool | None  # one concept asked for: it is the surest
+    both: bool | None  # two asked for: they are the two surest
+    places: bool | None  # both, and the first lies on the right side of the second
+    background: bool | None
+
+
+def load_judge(folder: Path = OUT) -> Judge:
+    """The trained judge; `codes` has the code points of its concepts in order."""
     config = json.loads((folder / "config.json").read_text())
-    judge = Judge(len(config["codes"]), tuple(config["widths"]))
+    judge = Judge(config["codes"], tuple(config["widths"]))
     judge.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "judge.safetensors").items()}
     )
-    return judge.eval(), config["codes"]
-
-
-def uniform(n: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
-    return torch.empty(n).uniform_(low, high, generator=generator)
-
-
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn, scale, shift, mirror, recolour, cover, blur and roughen pictures [n, 3, h, w] in -1..1."""
-    n, _, h, w = images.shape
-    angle, scale = uniform(n, -0.35, 0.35, generator), uniform(n, -0.25, 0.3, generator).exp()
-    stretch, mirror = uniform(n, -0.12, 0.12, generator).exp(), torch.randint(2, (n,), generator=generator) * 2 - 1
-    row_x = torch.stack([angle.cos() * scale * stretch * mirror, -angle.sin() * scale, uniform(n, -0.2, 0.2, generator)], 1)
-    row_y = torch.stack([angle.sin() * scale * stretch * mirror, angle.cos() * scale, uniform(n, -0.2, 0.2, generator)], 1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], 1), list(images.shape), align_corners=False)
-    x = 1 - F.grid_sample(1 - images, grid, align_corners=False)  # what comes in from outside is white
-    column = lambda low, high, channels=1: uniform(n * channels, low, high, generator).view(n, channels, 1, 1)  # noqa: E731
-    x = x.mean(1, keepdim=True).lerp(x, column(0.6, 1.4))
-    x = 1 - (1 - x) * column(0.75, 1.2) * column(0.85, 1.15, 3)
-    x = x + column(-0.1, 0.1, 3)
-    rows, columns = torch.arange(h).view(1, 1, h, 1) / h, torch.arange(w).view(1, 1, 1, w) / w
-    covered = ((rows - column(0, 1)).abs() < column(-0.15, 0.18)) & ((columns - column(0, 1)).abs() < column(0.05, 0.18))
-    x = torch.where(covered, column(-1, 1, 3), x)
-    parts = []
-    for part in x.chunk(4):
-        side = int(torch.randint(h // 3, int(1.6 * h), (), generator=generator))
-        small = F.interpolate(part, size=(side, side), mode="area") if side < h else part
-        parts.append(F.interpolate(small, size=(h, w), mode="bilinear", align_corners=False))
-    x = torch.cat(parts)
-    return x + column(0, 0.08) * torch.randn(x.shape, generator=generator)
-
-
-def labelled(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [n, 3, 128, 128] in -1..1 of one set, and their labels [n]; not every set draws every concept."""
-    order = json.loads((WORK / "order.json").read_text())[name]
-    rows = [(order.index(c.code), label) for label, c in enumerate(concepts()) if c.code in order]
-    index, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
-    return pictures()[name][index].float() / 127.5 - 1, labels
+    return judge.eval()
 
 
 @torch.no_grad()
-def accuracy(judge: Judge, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    ranks = (torch.cat([judge(part) for part in images.split(64)]).argsort(1, descending=True) == labels[:, None]).int().argmax(1)
-    return {
-        "top1": round((ranks < 1).float().mean().item(), 4),
-        "top5": round((ranks < 5).float().mean().item(), 4),
-        "pictures": len(labels),
-    }
+def verdicts(judge: Judge, images: torch.Tensor, scenes: list[Scene], batch: int = 64) -> list[Verdict]:
+    """Of pictures [n, 3, h, w] in -1..1 and what they were asked to show."""
+    found = []
+    for start in range(0, len(images), batch):
+        seen = judge(images[start : start + batch]).softmax(1)[:, :-1]  # [n, concepts, rows, columns]
+        sureness = seen.amax(dim=(2, 3))
+        rows, columns = torch.arange(seen.shape[2], dtype=seen.dtype), torch.arange(seen.shape[3], dtype=seen.dtype)
+        total = seen.sum(dim=(2, 3))
+        down, across = seen.sum(3) @ rows / total, seen.sum(2) @ columns / total  # centers of gravity [n, concepts], in cells
+        for i, asked in enumerate(scenes[start : start + batch]):
+            order = sureness[i].argsort(descending=True).tolist()
+            named = tuple(judge.codes[label] for label in order)
+            single = both = places = None
+            if asked.relation:
+                first, second = (judge.codes.index(concept.code) for concept in asked.subjects)
+                both = set(order[:2]) == {first, second}
+                x, y = across[i, second] - across[i, first], down[i, second] - down[i, first]
+                places = both and {"left of": x, "right of": -x, "above": y, "below": -y}[asked.relation].item() > 0
+            else:
+                single = named[0] == asked.subjects[0].code
+            found.append(Verdict(named, single, both, places, background_right(images[start + i], asked.background)))
+    return found
 
 
-def fit(sets: tuple[str, ...], samples: int, batch: int, lr: float, path: Path) -> Judge:
-    """A judge trained on augmented pictures of these sets; goes on from the checkpoint at `path`."""
+def background_right(image: torch.Tensor, names: tuple[str, ...]) -> bool | None:
+    """Whether at least half of the pixels at the edge of a picture [3, h, w] in -1..1 have the named color; of two names, the
+    first is that of the upper half."""
+    if not names:
+        return None
+    pixels = (image.clamp(-1, 1) + 1) * 127.5
+    colors = torch.tensor(list(BACKGROUNDS.values()), dtype=pixels.dtype)
+    distance = (pixels[None] - colors[:, :, None, None]).norm(dim=1)  # [colors, h, w]
+    nearest = torch.where(distance.amin(0) < TOLERANCE, distance.argmin(0), -1)
+    edge = torch.ones_like(nearest, dtype=torch.bool)
+    width = min(edge.shape) // 16
+    edge[width:-width, width:-width] = False
+    halves = zip(names, nearest.tensor_split(len(names)), edge.tensor_split(len(names)), strict=True)
+    return all((half[ring] == list(BACKGROUNDS).index(name)).float().mean().item() >= 0.5 for name, half, ring in halves)
+
+
+def shares(found: list[Verdict]) -> dict[str, float | int]:
+    """Share of the pictures that are right in each respect, of those it was asked of."""
+    result: dict[str, float | int] = {}
+    for part in ("object", "background", "both", "places"):
+        if asked := [getattr(verdict, part) for verdict in found if getattr(verdict, part) is not None]:
+            result[part] = round(sum(asked) / len(asked), 4)
+    return result | {"pictures": len(found)}
+
+
+def rows_of(sets: tuple[str, ...]) -> list[tuple[Concept, str]]:
+    """(concept, set) pairs; not every set draws every concept."""
+    return [(concept, name) for name in sets for concept in concepts() if concept.code in drawings()[name]]
+
+
+def labels_of(made: Scene, boxes: list[Box], size: tuple[int, int]) -> torch.Tensor:
+    """Labels [rows, columns] of a picture's cells: what the middle of a box shows, nothing outside boxes, -100 in between."""
+    labels = torch.full((size[0] // CELL, size[1] // CELL), len(concepts()))
+    y, x = ((torch.arange(n) + 0.5) * CELL for n in labels.shape)
+    for concept, (top, left, h, w) in zip(made.subjects, boxes, strict=True):
+        off_y, off_x = (y - top - h / 2).abs() / h, (x - left - w / 2).abs() / w  # half a box: .5
+        inside = lambda limit, off_y=off_y, off_x=off_x: (off_y < limit)[:, None] & (off_x < limit)  # noqa: E731
+        labels[inside(0.5)] = -100
+        label = concepts().index(concept)
+        labels[inside(0.25)] = label
+        labels[int(top + h / 2) // CELL, int(left + w / 2) // CELL] = label
+    return labels
+
+
+@torch.no_grad()
+def through(vae: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
+    """Pictures [n, 3, h, w] in -1..1, encoded and decoded."""
+    parts = [vae.decode(vae.encode(part).latents).sample for part in images.split(16)]
+    return torch.cat(parts).float().clamp(-1, 1)
+
+
+def composed(
+    rows: list[tuple[Concept, str]], count: int, size: tuple[int, int], seed: object, two: float
+) -> tuple[torch.Tensor, list[Scene], torch.Tensor]:
+    """Pictures [count, 3, height, width] in -1..1 of random scenes, the scenes and their cells' labels."""
+    images, scenes, labels = [], [], []
+    for i in range(count):
+        rng = random.Random(f"{seed} {i}")
+        scenes.append(scene(rng, rows, two, rng.random() < HELD_OUT_TOGETHER))
+        image, boxes = compose(scenes[-1], *size, rng)
+        images.append(image)
+        labels.append(labels_of(scenes[-1], boxes, size))
+    return torch.stack(images), scenes, torch.stack(labels)
+
+
+def accuracy(judge: Judge, sets: tuple[str, ...], vae: AutoencoderTiny | None = None, count: int = 1000) -> dict[str, float | int]:
+    """On scenes of 128 px that no training saw, composed of these sets; with `vae` after encoding and decoding."""
+    images, scenes, _ = composed(rows_of(sets), count, (128, 128), "accuracy", 0.4)
+    return shares(verdicts(judge, through(vae, images) if vae else images, scenes))
+
+
+def fit(sets: tuple[str, ...], vae: AutoencoderTiny, samples: int, batch: int, lr: float, bf16: bool, path: Path) -> Judge:
+    """A judge trained on scenes of these sets, one in eight through the autoencoder; goes on from the checkpoint at `path`."""
     torch.manual_seed(0)
-    images, labels = (torch.cat(parts) for parts in zip(*map(labelled, sets), strict=True))
-    images = F.interpolate(images, size=(SIZE, SIZE), mode="area")
-    judge = Judge(len(concepts())).to(memory_format=torch.channels_last).train()
+    rows = rows_of(sets)
+    judge = Judge([c.code for c in concepts()]).to(memory_format=torch.channels_last).train()
     decayed = [p for p in judge.parameters() if p.ndim > 1]
     plain = [p for p in judge.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=lr, weight_decay=0.05)
+    weight = torch.ones(len(concepts()) + 1)
+    weight[-1] = NOTHING
     done = 0
     if state := load_checkpoint(path):
         judge.load_state_dict(state["judge"])
@@ -138,9 +214,12 @@ def fit(sets: tuple[str, ...], samples: int, batch: int, lr: float, path: Path) 
         while done < samples:
             generator = torch.Generator().manual_seed(done)
             torch.manual_seed(done)  # dropout
-            rows = torch.randint(len(images), (batch,), generator=generator)
-            logits = judge(augment(images[rows], generator).contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
+            images, _, labels = composed(rows, batch, random.Random(done).choices(SIZES, SHARES)[0], done, 0.5)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                images[: batch // 8] = through(vae, images[: batch // 8])
+                images = augment(images, generator, 0.3, mirror=False)
+                logits = judge(images.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), labels, weight, label_smoothing=0.05)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (done + batch) / (20 * batch)) * 0.5 * (1 + math.cos(math.pi * done / samples))
             optimizer.zero_grad()
@@ -149,55 +228,53 @@ def fit(sets: tuple[str, ...], samples: int, batch: int, lr: float, path: Path) 
             done += batch
             running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
             progress.update(bar, completed=done, note=f"loss {running:.3f}")
-            if done // batch % 100 == 0 or done >= samples:
+            if done // batch % 200 == 0 or done >= samples:
                 save_checkpoint(path, judge=judge.state_dict(), optimizer=optimizer.state_dict(), done=done)
+                progress.console.print(f"{path.stem}: {done} pictures, loss {running:.3f}")
     return judge.eval()
 
 
 def main(
-    samples: int = typer.Option(40_000, help="Augmented pictures seen by each of the two runs."),
+    samples: int = typer.Option(160_000, help="Scenes seen by each of the two runs."),
     batch: int = typer.Option(64),
     lr: float = typer.Option(3e-3),
+    bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a CPU with AMX or AVX512-BF16, slower on an old one."),
     threads: int = typer.Option(torch.get_num_threads()),
-    vae_path: Path = typer.Option(WORK / "vae"),
+    vae_path: Path = typer.Option(WORK / "vae-cured"),
     out: Path = typer.Option(OUT),
 ) -> None:
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
     settings = {"samples": samples, "batch": batch, "lr": lr}
     known = tuple(name for name in SETS if name != UNSEEN)
-    strict = fit(known, **settings, path=WORK / f"judge-without-{UNSEEN}.pt")
-    unseen = accuracy(strict, *labelled(UNSEEN))
+    strict = fit(known, vae, **settings, bf16=bf16, path=WORK / f"judge-without-{UNSEEN}.pt")
+    unseen = {"plain": accuracy(strict, (UNSEEN,)), "autoencoder": accuracy(strict, (UNSEEN,), vae)}
     typer.echo(f"{UNSEEN}, never seen: {unseen}")
 
-    judge = fit(SETS, **settings, path=WORK / "judge.pt")
+    judge = fit(SETS, vae, **settings, bf16=bf16, path=WORK / "judge.pt")
     weights = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
     judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})  # measure what ships
-    images, labels = (torch.cat(parts) for parts in zip(*map(labelled, SETS), strict=True))
-    vae = AutoencoderTiny.from_pretrained(vae_path).eval()
-    with torch.no_grad():
-        decoded = torch.cat([vae.decode(vae.encode(part).latents).sample for part in images.split(16)]).clamp(-1, 1)
-    soft = F.interpolate(F.interpolate(images, size=(32, 32), mode="area"), size=(128, 128), mode="bilinear")
-    rough = augment(F.interpolate(images, size=(SIZE, SIZE), mode="area"), torch.Generator().manual_seed(1))
-    degraded = {"plain": images, "autoencoder": decoded, "32px": soft, "augmented": rough}
-    seen = {name: accuracy(judge, versions, labels) for name, versions in degraded.items()}
-    drawn = torch.cat([torch.full((len(labelled(name)[1]),), name in STYLES.values()) for name in SETS])
-    seen["autoencoder, the generators' sets"] = accuracy(judge, decoded[drawn], labels[drawn])
-    typer.echo(f"all sets, pictures seen in training: {seen}")
+    drawn = tuple(STYLES.values())
+    seen = {
+        "all sets": accuracy(judge, SETS),
+        "the generators' sets": accuracy(judge, drawn),
+        "autoencoder, the generators' sets": accuracy(judge, drawn, vae),
+    }
+    typer.echo(f"drawings seen in training, in new scenes: {seen}")
 
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in weights.items()}, out / "judge.safetensors")
     config = {
-        "size": SIZE,
+        "side": SIDE,
+        "cell": CELL,
         "widths": WIDTHS,
-        "codes": [c.code for c in concepts()],
+        "codes": judge.codes,
         "labels": [c.name for c in concepts()],
-        "trained": {"sets": SETS, **settings, "pictures": len(labels)},
-        "accuracy": {
-            "unseen_style": {"set": UNSEEN, "trained_on": known, **unseen},
-            "seen_pictures": seen,
-        },
+        "trained": {"sets": SETS, **settings},
+        "accuracy": {"unseen_style": {"set": UNSEEN, "trained_on": known, **unseen}, "seen_drawings": seen},
     }
-    (out / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "config.json", config)
 
 
 if __name__ == "__main__":
