@@ -34,20 +34,23 @@ def extended_latents(vae: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor
     return vae.encode(F.pad(images, (MARGIN,) * 4, mode="replicate")).latents[:, :, inside, inside]
 
 
-@torch.no_grad()
-def border_error(vae: AutoencoderTiny, spread: float = 1.0) -> list[float]:
-    """Of the latents' outermost ring and the next one: RMS of what they are off from the inside, over the latents' spread, for
-    a white picture of 128 px."""
-    latents = vae.encode(torch.ones(1, 3, 128, 128)).latents[0]
-    off = latents - latents[:, 16, 16, None, None]
+def ring_errors(latents: torch.Tensor, spread: float = 1.0) -> list[float]:
+    """Of the outermost ring of a flat picture's latents [channels, h, w] and of the next one: RMS of what they are off from the
+    inside, over the latents' spread."""
+    h, w = latents.shape[1:]
+    off = latents - latents[:, h // 2, w // 2, None, None]
     errors = []
     for k in range(2):
-        ring = torch.cat(
-            [off[:, k, k : -k or None], off[:, -1 - k, k : -k or None], off[:, k : -k or None, k], off[:, k : -k or None, -1 - k]],
-            1,
-        )
-        errors.append(ring.pow(2).mean().sqrt().item() / spread)
+        inner = off[:, k : h - k, k : w - k]
+        sides = [inner[:, 0], inner[:, -1], inner[:, 1:-1, 0], inner[:, 1:-1, -1]]
+        errors.append(torch.cat(sides, 1).pow(2).mean().sqrt().item() / spread)
     return errors
+
+
+@torch.no_grad()
+def border_error(vae: AutoencoderTiny) -> list[float]:
+    """Ring errors of a white picture of 128 px, for latents that have a spread of 1."""
+    return ring_errors(vae.encode(torch.ones(1, 3, 128, 128)).latents[0])
 
 
 def main(
