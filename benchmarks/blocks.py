@@ -25,7 +25,7 @@ from rich.table import Table
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from dit_accel.apply import run_of
+from dit_accel.apply import applied_to
 from dit_accel.families.attention import Listening
 from pipelines.terminal import show
 
@@ -138,7 +138,7 @@ def measure(
     seconds: dict[str, dict[str, list[float]]] = {}
     for repeat in track(range(repeats + 1), description=f"{name}, {tokens} tokens"):
         kinds = {"stock": step(0)}
-        run = run_of(dit_accel.apply(model, config))
+        run = applied_to(dit_accel.apply(model, config))
         assert run is not None
         kinds |= {"full": step(1), "partial": step(2)}
         counts = {site.stream: site.count for site in run.sites}

@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from dit_accel import which
-from dit_accel.config import TokenCacheConfig, TokenMergeConfig
+from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
 from dit_accel.families import family_of
 from dit_accel.state import Run
 
 Model = TypeVar("Model")
-Config = TokenCacheConfig | TokenMergeConfig
+Config = TokenCacheConfig | TokenMergeConfig | OutputCacheConfig
 
 
 @dataclass
 class _Applied:
-    """What `remove` needs to know, kept on the transformer."""
+    """What is applied to a transformer, kept on it: its engine, and how to put everything back."""
 
-    run: Run
-    handle: torch.utils.hooks.RemovableHandle
+    engine: Any
+    detach: Callable[[], None]
+
+
+def transformers_of(model: Any) -> list[Any]:
+    """The transformers of a pipeline (Wan 2.2 has two), or the model itself if it is one.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    found = (
+        [model] if isinstance(model, torch.nn.Module) else [getattr(model, name, None) for name in ("transformer", "transformer_2")]
+    )
+    found = [getattr(one, "_orig_mod", one) for one in found if one is not None]  # of torch.compile
+    if not found or not all(isinstance(one, torch.nn.Module) for one in found):
+        raise TypeError(f"{type(model).__name__} has no transformer; give a pipeline of diffusers that has one, or a transformer.")
+    return found
 
 
 def transformer_of(model: Any) -> Any:
-    """The transformer of a pipeline, or the model itself if it is one.
-
-    Raises:
-        TypeError: if there is none that could be served.
-    """
-    transformer = getattr(model, "transformer", None) if not isinstance(model, torch.nn.Module) else model
-    transformer = getattr(transformer, "_orig_mod", transformer)  # of torch.compile
-    if transformer is None:
-        raise TypeError(f"{type(model).__name__} has no transformer; give a FLUX or PixArt pipeline or its transformer.")
-    family_of(transformer)
-    return transformer
+    """The transformer of a pipeline, the first if there are two, or the model itself if it is one."""
+    return transformers_of(model)[0]
 
 
-def run_of(model: Any) -> Run | None:
-    """The run of what is applied to a model, if something is."""
+def applied_to(model: Any) -> Any:
+    """The engine of what is applied to a model, or None."""
     applied = vars(transformer_of(model)).get("_dit_accel")
-    return applied.run if applied is not None else None
+    return applied.engine if applied is not None else None
 
 
 def apply(model: Model, config: Config | Sequence[Config], *, record: bool = False) -> Model:
@@ -61,9 +68,11 @@ def apply(model: Model, config: Config | Sequence[Config], *, record: bool = Fal
         ValueError: for a selector or an option that this family has no use for.
         RuntimeError: when something else that cannot be combined is active; the message says what to switch off.
     """
-    transformer = transformer_of(model)
-    processors = _attach(model, config, record, processors_only=False)
-    transformer.set_attn_processor(processors)
+    if isinstance(config, OutputCacheConfig):
+        _attach_output_cache(model, config)
+    else:
+        processors = _attach(model, config, record, processors_only=False)
+        transformer_of(model).set_attn_processor(processors)
     return model
 
 
@@ -93,6 +102,20 @@ def _understand(config: Any) -> tuple[TokenCacheConfig, TokenMergeConfig | None]
     return caches[0] if caches else TokenCacheConfig(interval=1), merges[0] if merges else None
 
 
+def _attach_output_cache(model: Any, config: OutputCacheConfig) -> None:
+    from dit_accel import hook, model_scope  # which load what diffusers takes a second for
+
+    found = transformers_of(model)
+    for transformer in found:
+        if not hasattr(transformer, "config"):
+            raise TypeError(f"{type(transformer).__name__} is not a transformer of diffusers.")
+        hook.refuse_other_caches(transformer)
+    remove(model)
+    for transformer in found:
+        engine = model_scope.attach(transformer, config, None if isinstance(model, torch.nn.Module) else model)
+        transformer._dit_accel = _Applied(engine, functools.partial(model_scope.detach, transformer, engine))
+
+
 def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> dict[str, Any]:
     from dit_accel import hook  # which loads what diffusers takes a second for
 
@@ -117,7 +140,13 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> dic
         family.detach(transformer)
         raise
     handle = hook.listen(transformer, run, family, None if model is transformer else model)
-    transformer._dit_accel = _Applied(run, handle)
+
+    def detach() -> None:
+        run.end()
+        hook.stop(transformer, handle)
+        family.detach(transformer)
+
+    transformer._dit_accel = _Applied(run, detach)
     return processors
 
 
@@ -127,13 +156,8 @@ def remove(model: Any) -> None:
     Raises:
         TypeError: for a model that is not supported.
     """
-    transformer = transformer_of(model)
-    applied = vars(transformer).get("_dit_accel")
-    if applied is None:
-        return
-    from dit_accel import hook
-
-    applied.run.end()
-    hook.stop(transformer, applied.handle)
-    family_of(transformer).detach(transformer)
-    del transformer._dit_accel
+    for transformer in transformers_of(model):
+        applied = vars(transformer).get("_dit_accel")
+        if applied is not None:
+            applied.detach()
+            del transformer._dit_accel

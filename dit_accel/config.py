@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from dit_accel import when, which
+from dit_accel import how, when, which
 
 TEXT_TOKENS = ("select", "reuse", "full")
 FILLS = ("reuse", "forecast")
@@ -51,11 +52,17 @@ class _Options:
     def _whole(self, name: str, least: int) -> None:
         if not _is_whole(value := getattr(self, name), least):
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        self._set(name, int(value))
 
     def _numbers(self, *names: str) -> None:
         for name in names:
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, (int, float)):
+            if not _is_number(value := getattr(self, name)):
                 raise ValueError(f"{name} must be a number, not {value!r}.")
+            if not isinstance(value, (int, float)):  # of numpy
+                self._set(name, float(value))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _switches(self, *names: str) -> None:
         for name in names:
@@ -64,7 +71,11 @@ class _Options:
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -209,7 +220,7 @@ class TokenMergeConfig(_Options):
             if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_whole(part, 1) for part in value):
                 raise ValueError(f"{name} must be two whole numbers of at least 1, not {value!r}.")
             if isinstance(getattr(self, name), list):  # of JSON
-                object.__setattr__(self, name, tuple(value))
+                self._set(name, tuple(value))
         self._whole("warmup_steps", 0)
         self._whole("seed", 0)
         self._numbers("ratio")
@@ -232,3 +243,94 @@ class TokenMergeConfig(_Options):
         """Steps, and layers, that share one matching."""
         every = self.rematch_every
         return every if isinstance(every, (tuple, list)) else (every, every)
+
+
+@dataclass(frozen=True)
+class OutputCacheConfig(_Options):
+    """A forecast of the transformer's output between full steps, for any transformer of diffusers.
+
+    When:
+        full_steps: numbers of the steps that are computed in full, from 0, which always is one. It takes the place of interval.
+        interval: N, a full step every N steps. With a tolerance, the longest interval allowed.
+        warmup_steps: full steps at the start, at least 1.
+        tolerance: relative error (RMS) that a forecast may have. Every full step knows how far off its own forecast would have
+            been; the next interval is the longest whose error, growing with the distance to the power of order + 1, stays below
+            the tolerance. Reads one number from the device on every full step.
+        when: a rule registered with `register_when`, or a function `dit_accel.Progress` -> steps until the next full one.
+        guidance_steps: of the full steps, those on which the unconditional branch of guidance is computed too: their numbers,
+            or one number n for every n-th full step. On the others it follows from the conditional branch and what the
+            difference of the two was. None: on all.
+
+    How:
+        how: "polynomial", "taylor", "hermite" or one's own (`register_how`): weights for the outputs of past full steps.
+        order: how many full steps before the last one count: 0 repeats the last output, 1 continues a line. One number, or one
+            for every interval; the last one goes on.
+        guidance_order: the same of the difference of the guidance branches.
+        damping: share of the forecast, the rest repeats the last output. One number, or one for every interval.
+
+    Which:
+        compute_ratio: share of the image tokens that are computed between full steps; 0 computes none.
+        selector: which ones; see `dit_accel.selectors()`. One selection serves all layers of a step.
+        attention: of the computed tokens: "reuse" their attention of the last full step, or "fresh": computed against the keys
+            and values of the last full step, with their own renewed.
+        seed: seed of the selection's own random numbers; it does not touch the picture's noise.
+
+    Raises:
+        ValueError: for a value out of range or an unknown name, with the values that would do.
+    """
+
+    full_steps: tuple[int, ...] | None = None
+    interval: int = 3
+    warmup_steps: int = 1
+    tolerance: float | None = None
+    when: str | when.Rule | None = None
+    guidance_steps: tuple[int, ...] | int | None = None
+    how: str = "polynomial"
+    order: int | tuple[int, ...] = 1
+    guidance_order: int = 0
+    damping: float | tuple[float, ...] = 1.0
+    compute_ratio: float = 0.0
+    selector: str = "random"
+    attention: str = "reuse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("interval", 1), ("warmup_steps", 1), ("seed", 0)):
+            self._whole(name, least)
+        self._numbers("compute_ratio", *(["tolerance"] if self.tolerance is not None else []))
+        for name in ("full_steps", "guidance_steps", "order", "damping"):
+            if isinstance(value := getattr(self, name), list):  # of JSON
+                self._set(name, tuple(value))
+            if isinstance(value, (list, tuple)) and not value:
+                raise ValueError(f"{name} must hold at least one number, or be left out.")
+        for name in ("full_steps", "guidance_steps"):
+            if isinstance(value := getattr(self, name), tuple):
+                if not all(_is_whole(step, 0) for step in value) or list(value) != sorted(set(value)):
+                    raise ValueError(f"{name} must be numbers of steps, from 0 and rising, not {value!r}.")
+                self._set(name, tuple(map(int, value)))
+        if not isinstance(self.full_steps, (tuple, type(None))):
+            raise ValueError(f"full_steps must be a list of steps, such as (0, 1, 2, 5, 9), not {self.full_steps!r}.")
+        if self.guidance_steps is not None and not isinstance(self.guidance_steps, tuple):
+            self._whole("guidance_steps", 1)
+        if not all(_is_whole(order, 0) and order <= how.MOST for order in each(self.order)):
+            raise ValueError(f"order is 0 to {how.MOST}, or one such number for every interval, not {self.order!r}.")
+        if not _is_whole(self.guidance_order, 0) or self.guidance_order > how.MOST:
+            raise ValueError(f"guidance_order is 0 to {how.MOST}, not {self.guidance_order!r}.")
+        if not all(_is_number(damping) and 0 <= damping <= 2 for damping in each(self.damping)):
+            raise ValueError(f"damping is 0 (repeat) to 2, or one such number for every interval, not {self.damping!r}.")
+        if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
+            raise ValueError(f"tolerance must be a finite number of more than 0, such as 0.05, not {self.tolerance!r}.")
+        if not 0 <= self.compute_ratio <= 1:
+            raise ValueError(f"compute_ratio is the share of computed tokens, between 0 and 1, not {self.compute_ratio!r}.")
+        if self.attention not in ("reuse", "fresh"):
+            raise ValueError(f"attention must be one of reuse, fresh, not {self.attention!r}.")
+        if sum(value is not None for value in (self.full_steps, self.tolerance, self.when)) > 1:
+            raise ValueError("full_steps, tolerance and when each say when a step is full; give one of them.")
+        if isinstance(self.when, str):
+            when.get(self.when)
+        how.get(self.how)
+        which.get(self.selector)
+
+
+def each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

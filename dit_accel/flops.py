@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_accel.families import family_of
-from dit_accel.state import Call, Matched, Run
-from dit_accel.when import Mode
+from dit_accel.plan import Record
+from dit_accel.state import Run
+from dit_accel.when import Matched, Mode
 
 
 def on_meta(value: Any) -> Any:
@@ -48,7 +50,7 @@ class FlopCounter:
         same = (*kind, run.config, run.merge, run.grid, run.halves, run.processors_only)
         self.known = _KNOWN.setdefault(same, {})
 
-    def __call__(self, calls: Iterable[Call]) -> list[int]:
+    def __call__(self, calls: Iterable[Record]) -> list[int]:
         """FLOPs of every call."""
         calls = list(calls)
         keys = [(self._shapes(call.branch), call.mode, call.counts, call.text, call.plain, call.matched) for call in calls]
@@ -62,14 +64,14 @@ class FlopCounter:
                 self.known[key] = self._count(model, run, call)
         return [self.known[key] for key in keys]
 
-    def plain(self, calls: Iterable[Call]) -> list[int]:
+    def plain(self, calls: Iterable[Record]) -> list[int]:
         """What every call would cost if nothing were applied."""
-        return self([Call(call.branch, call.step, Mode.PLAIN, (), 0, 0) for call in calls])
+        return self([Record(call.branch, call.step, Mode.PLAIN) for call in calls])
 
     def _shapes(self, branch: int) -> tuple[Any, ...]:
         return tuple((name, value.shape) for name, value in self.inputs[branch].items() if isinstance(value, torch.Tensor))
 
-    def _count(self, model: Any, run: Run, call: Call) -> int:
+    def _count(self, model: Any, run: Run, call: Record) -> int:
         inputs = {name: value for name, value in self.inputs[call.branch].items() if name != "joint_attention_kwargs"}
         if Matched.BEFORE in call.matched:
             self._bind_merging(run, call, here=(Matched.HERE, Matched.BEFORE))
@@ -86,7 +88,7 @@ class FlopCounter:
                 site.noise = torch.empty(1, site.tokens, device="meta")
         return self._forward(model, run, call.mode, call.plain, inputs)
 
-    def _bind_merging(self, run: Run, call: Call, here: tuple[Matched, ...]) -> None:
+    def _bind_merging(self, run: Run, call: Record, here: tuple[Matched, ...]) -> None:
         """Let every layer merge as in the call; these make a matching of their own."""
         if run.merge is None:
             return
@@ -108,3 +110,45 @@ class FlopCounter:
 def forget_numbers(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one call of the transformer, as the counter keeps them."""
     return {name: on_meta(value) for name, value in given.items() if name != "self"}
+
+
+class OutputFlopCounter:
+    """Counts calls whose output was computed by the model's own code, or not at all.
+
+    Args:
+        transformer: the one that ran; only its class and configuration are kept.
+        inputs: of every branch, without numbers.
+    """
+
+    def __init__(self, transformer: Any, inputs: Mapping[int, dict[str, Any]]) -> None:
+        self.build, self.settings, self.inputs = type(transformer).from_config, transformer.config, dict(inputs)
+        self.known: dict[tuple[int, float], int] = {}
+
+    def __call__(self, calls: Iterable[Record]) -> list[int]:
+        """FLOPs of every call."""
+        return [self._count(call.branch, call.rows if call.mode is not Mode.PARTIAL else 0.0) for call in calls]
+
+    def plain(self, calls: Iterable[Record]) -> list[int]:
+        """What every call would cost if nothing were applied."""
+        return [self._count(call.branch, 1.0) for call in calls]
+
+    def _count(self, branch: int, rows: float) -> int:
+        if rows == 0:
+            return 0
+        if (branch, rows) not in self.known:
+            with torch.device("meta"):
+                model = self.build(self.settings).eval()
+            given = self.inputs[branch]
+            latents = next(iter(given.values()))
+            if rows < 1:
+                given = tree_map(lambda value: later_rows(value, len(latents), rows), given)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(**given)
+            self.known[branch, rows] = int(counter.get_total_flops())
+        return self.known[branch, rows]
+
+
+def later_rows(value: Any, batch: int, share: float) -> Any:
+    """The last rows of an argument that has one for every picture of a batch: the conditional half of guidance."""
+    per_picture = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == batch
+    return value[round(batch * (1 - share)) :] if per_picture else value

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_accel.apply import run_of, transformer_of
-from dit_accel.flops import FlopCounter
-from dit_accel.state import Call
+from dit_accel.apply import applied_to, transformer_of
+from dit_accel.flops import FlopCounter, OutputFlopCounter
+from dit_accel.plan import Record
+from dit_accel.state import Run
 from dit_accel.when import Mode
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ class Report:
         selections: which tokens were computed, if `apply` was asked to record them.
     """
 
-    calls: tuple[Call, ...]
+    calls: tuple[Record, ...]
     grid: tuple[int, int]
     selections: tuple[Selection, ...]
-    _count: FlopCounter
+    _count: FlopCounter | OutputFlopCounter
 
     @property
     def full_steps(self) -> int:
@@ -58,9 +59,9 @@ class Report:
 
     @property
     def tokens_share(self) -> float:
-        """Share of tokens that the token-wise computations of partial steps worked on; 1 if there were none."""
+        """Share of tokens that the token-wise computations of partial steps worked on; 1 if there were no partial steps."""
         total = sum(call.tokens for call in self.calls)
-        return sum(call.tokens_computed for call in self.calls) / total if total else 1.0
+        return sum(call.tokens_computed for call in self.calls) / total if total else float(not self.partial_steps)
 
     @property
     def tokens_merged(self) -> int:
@@ -129,7 +130,8 @@ class Report:
             return "No run yet: call the pipeline first."
         lines = ["branch  step  mode        tokens computed     GFLOPs  cache MiB"]
         for call, flops in zip(self.calls, self.flops, strict=True):
-            tokens = f"{call.tokens_computed} of {call.tokens}" if call.mode is Mode.PARTIAL else "all"
+            tokens = f"{call.tokens_computed} of {call.tokens}" if call.tokens else "none" if call.mode is Mode.PARTIAL else "all"
+            tokens = f"{call.rows:.0%} of the batch" if call.mode is Mode.FULL and call.rows < 1 else tokens
             tokens += f", {call.merged} merged" if call.merged else ""
             row = f"{call.branch:6}  {call.step:4}  {call.mode.value:8}  {tokens:>17}"
             lines.append(f"{row}  {flops / 1e9:9.3f}  {call.cache_bytes / 2**20:9.1f}")
@@ -149,9 +151,12 @@ def report(model: Any) -> Report:
     Raises:
         RuntimeError: if nothing is applied to the model.
     """
-    run = run_of(model)
-    if run is None:
+    engine = applied_to(model)
+    if engine is None:
         raise RuntimeError("Nothing is applied to this model; call dit_accel.apply first.")
-    run.collect()
-    selections = tuple(Selection(call, stream, layer, tokens) for call, stream, layer, tokens in run.selections)
-    return Report(tuple(run.calls), run.grid, selections, FlopCounter(transformer_of(model), run))
+    transformer = transformer_of(model)
+    if not isinstance(engine, Run):
+        return Report(tuple(engine.calls), (1, 1), (), OutputFlopCounter(transformer, engine.inputs))
+    engine.collect()
+    selections = tuple(Selection(call, stream, layer, tokens) for call, stream, layer, tokens in engine.selections)
+    return Report(tuple(engine.calls), engine.grid, selections, FlopCounter(transformer, engine))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Any
 
 import torch
@@ -12,16 +11,9 @@ import torch
 from dit_accel import fill, merging, when
 from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.merge_site import MergeSite, Shared
+from dit_accel.plan import Record
 from dit_accel.site import Memory, Site, choose_together
-from dit_accel.when import Mode
-
-
-class Matched(Enum):
-    """Where a layer has its matching from."""
-
-    HERE = "here"
-    BEFORE = "before"
-    NOT = "not"  # nothing is merged there
+from dit_accel.when import Matched, Mode
 
 
 @dataclass
@@ -41,26 +33,6 @@ class Branch:
 
     def bytes(self) -> int:
         return sum(memory.bytes() for memory in self.memories) + sum(shared.bytes() for shared in self.shared.values())
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one call of the transformer computed."""
-
-    branch: int
-    step: int
-    mode: Mode
-    counts: tuple[int, ...]  # tokens computed by every token-wise site, in the order of the run's sites
-    tokens: int  # that a full step computes there
-    text: int  # text tokens
-    plain: tuple[int, ...] = ()  # sites, by their place in the run's, that this call computed as if nothing were applied
-    merged: int = 0  # image tokens merged into others in every merging layer
-    matched: tuple[Matched, ...] = ()  # how, layer by layer
-    cache_bytes: int = 0  # after the call, all branches together
-
-    @property
-    def tokens_computed(self) -> int:
-        return sum(self.counts)
 
 
 @dataclass(frozen=True)
@@ -100,7 +72,7 @@ class Run:
     merge_sites: list[MergeSite] = field(default_factory=list)
     attached: list[tuple[Any, Any, tuple[Site | MergeSite, ...]]] = field(default_factory=list)  # attention, processor, its sites
     branches: dict[Any, Branch] = field(default_factory=dict)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Record] = field(default_factory=list)
     inputs: dict[int, dict[str, Any]] = field(default_factory=dict)  # of every branch, on the meta device
     selections: list[tuple[int, str, int, torch.Tensor]] = field(default_factory=list)  # call, stream, layer, index [1 or B, k]
     signature: tuple[Any, ...] = ()
@@ -245,7 +217,7 @@ class Run:
         if not matched:
             self._merge_nothing()
         self.calls.append(
-            Call(branch.number, step, mode, counts, total, text_length, plain, self.merged if matched else 0, matched)
+            Record(branch.number, step, mode, 1.0, counts, total, text_length, plain, self.merged if matched else 0, matched)
         )
 
     def _merge_nothing(self) -> None:

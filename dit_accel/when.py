@@ -15,6 +15,14 @@ class Mode(Enum):
     PARTIAL = "partial"  # the selected tokens; the rest comes from memory
 
 
+class Matched(Enum):
+    """Where a layer has its matching from."""
+
+    HERE = "here"
+    BEFORE = "before"
+    NOT = "not"  # nothing is merged there
+
+
 @dataclass(frozen=True)
 class Place:
     """Where in the run and in the model a share of tokens is asked for.
@@ -77,3 +85,82 @@ def interval_after(step: int, interval: int, spread: float, steps: int | None) -
 def tokens_to_compute(share: float, tokens: int) -> int:
     """k = int(clamp(share) * tokens), truncated; 0 is allowed. A share of 1 - 0.9 counts as 0.1."""
     return int(round(min(max(share, 0.0), 1.0) * tokens, 6))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known of a guidance branch after a full step, on the host.
+
+    Attributes:
+        step: its number, from 0; steps: how many there are, None if unknown.
+        times: of all steps, as the transformer is told them; empty if unknown.
+        number: how many full steps there have been, this one included.
+        error: relative error (RMS) that a forecast of this step's output would have had; None without a past to forecast from.
+        distance: of that forecast: this step's time less that of the full step before.
+        order: of that forecast.
+    """
+
+    step: int
+    steps: int | None
+    times: tuple[float, ...]
+    number: int
+    error: float | None = None
+    distance: float = 0.0
+    order: int = 0
+
+
+Rule = Callable[[Progress], int]
+WHEN: dict[str, Rule] = {}
+
+
+def register_when(name: str) -> Callable[[Rule], Rule]:
+    """Decorator that makes a function Progress -> steps until the next full one known by name; a name can be taken again.
+
+    @dit_accel.register_when("mine")
+    def mine(progress):
+        "Dense at both ends."
+        return 1 if progress.step < 4 or progress.step > progress.steps - 4 else 3
+    """
+
+    def register(rule: Rule) -> Rule:
+        WHEN[name] = rule
+        return rule
+
+    return register
+
+
+def get(name: str) -> Rule:
+    """The rule of that name; ValueError with the known names if there is none."""
+    if name not in WHEN:
+        raise ValueError(f"There is no rule {name!r} for full steps; registered are: {', '.join(WHEN) or 'none'}.")
+    return WHEN[name]
+
+
+def every(interval: int) -> Rule:
+    """A full step every `interval` steps."""
+    return lambda progress: interval
+
+
+def listed(steps: tuple[int, ...]) -> Rule:
+    """Full steps by number; after the last one there are none."""
+    return lambda progress: next((s for s in steps if s > progress.step), progress.step + 10**9) - progress.step
+
+
+def within(tolerance: float, most: int) -> Rule:
+    """The longest interval of at most `most` steps whose forecast's predicted error stays under the tolerance.
+
+    An error e at distance h is expected to be e (h' / h)^(order + 1) at distance h'.
+    """
+
+    def rule(progress: Progress) -> int:
+        if progress.error is None or not progress.times:
+            return 1
+        now, growth, interval = progress.times[progress.step], progress.order + 1, 1
+        for ahead, time in enumerate(progress.times[progress.step + 1 : progress.step + most], start=1):
+            # `time` would be the last one forecast if the interval were one longer.
+            if progress.error * abs((time - now) / progress.distance) ** growth > tolerance:
+                break
+            interval = ahead + 1
+        return interval
+
+    return rule

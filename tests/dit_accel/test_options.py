@@ -54,7 +54,7 @@ def test_a_ratio_schedule_of_ones_own_says_how_many_tokens(family, build, run):
 
     pipe = dit_accel.apply(build(), replace(CONFIG, ratio_schedule=mine))
     run(pipe)
-    report, sites = dit_accel.report(pipe), [s for s in pipe.transformer._dit_accel.run.sites if s.stream != "attention"]
+    report, sites = dit_accel.report(pipe), [s for s in pipe.transformer._dit_accel.engine.sites if s.stream != "attention"]
     assert {place.steps for place in places} == {7} and {place.step for place in places} == {1, 2, 4, 5}
     tokens = {"image": 48, "text": 8, "joint": 56, "cross-attention": 48, "feed-forward": 48}
     assert {place.stream for place in places} == (
@@ -131,7 +131,7 @@ def test_attention_received_from_a_sample_of_the_queries(tiny_flux, share, queri
     ids[:, 1], ids[:, 2] = torch.arange(1024) // 32, torch.arange(1024) % 32
     x, text, pooled = (torch.randn(1, *s, generator=g) for s in ((1024, 32), (8, 32), (32,)))
     model(x, text, pooled, torch.tensor([1.0]), ids, torch.zeros(8, 3), return_dict=False)
-    found = next(s for s in model._dit_accel.run.sites if s.stream == "joint").memory.observed["attention"]
+    found = next(s for s in model._dit_accel.engine.sites if s.stream == "joint").memory.observed["attention"]
     heads = lambda layer: layer(seen["hidden_states"]).unflatten(-1, (block.attn.heads, -1))
     query, key = block.attn.norm_q(heads(block.attn.to_q)), block.attn.norm_k(heads(block.attn.to_k))
     query, key = (apply_rotary_emb(part, seen["image_rotary_emb"], sequence_dim=1) for part in (query, key))
@@ -190,7 +190,7 @@ def test_a_block_whose_processor_was_replaced_is_computed_in_full(tiny_flux):
     model.transformer_blocks[0].attn.set_processor(FluxAttnProcessor())
     size = dict(height=64, width=48, num_inference_steps=4, max_sequence_length=8, output_type="latent")
     modes = []
-    model.proj_out.register_forward_hook(lambda *_: modes.append({(s.layer, s.stream): s.mode for s in model._dit_accel.run.sites}))
+    model.proj_out.register_forward_hook(lambda *_: modes.append({(s.layer, s.stream): s.mode for s in model._dit_accel.engine.sites}))
     pipe("a", **size)
     assert modes[1][0, "image"] is modes[1][0, "text"] is Mode.PLAIN
     assert modes[1][1, "image"] is modes[1][0, "joint"] is Mode.PARTIAL

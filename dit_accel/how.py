@@ -1,0 +1,95 @@
+"""How what is not computed gets its value: a weighted sum of what was computed before.
+
+Every method is a function (times of the past, newest first; the time now; order) -> weights, one for each of the past. A method of
+one's own:
+
+    @dit_accel.register_how("mine")
+    def mine(times, now, order):
+        "The mean of the last two."
+        return [0.5, 0.5] if len(times) > 1 else [1.0]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+Weights = Callable[[Sequence[float], float, int], list[float]]
+
+HOW: dict[str, Weights] = {}
+MOST = 3  # the highest order
+
+
+def register_how(name: str) -> Callable[[Weights], Weights]:
+    """Decorator that makes a function (times, now, order) -> weights known by name; a name can be taken again."""
+
+    def register(weights: Weights) -> Weights:
+        HOW[name] = weights
+        return weights
+
+    return register
+
+
+def get(name: str) -> Weights:
+    """The method of that name; ValueError with the known names if there is none."""
+    if name not in HOW:
+        raise ValueError(f"There is no method {name!r}; there are {', '.join(HOW)}.")
+    return HOW[name]
+
+
+def coefficients(how: str, times: Sequence[float], now: float, order: int, damping: float = 1.0) -> list[float]:
+    """Weights of the past, newest first, for a value now: damping times the method's, the rest on the newest.
+
+    Args:
+        times: of the past, newest first and all different; as many as there are, at most order + 1 are used.
+        damping: 1 is the method itself, 0 repeats the newest.
+    """
+    times = times[: order + 1]
+    weights = get(how)(times, now, len(times) - 1)
+    return [damping * w + (1 - damping) * (i == 0) for i, w in enumerate(weights)]
+
+
+@register_how("reuse")
+def reuse(times: Sequence[float], now: float, order: int) -> list[float]:
+    """The newest value, again."""
+    return [1.0]
+
+
+@register_how("polynomial")
+def polynomial(times: Sequence[float], now: float, order: int) -> list[float]:
+    """The polynomial through the last order + 1 values (Lagrange); order 1 is the line through two."""
+    return [math.prod((now - other) / (time - other) for j, other in enumerate(times) if j != i) for i, time in enumerate(times)]
+
+
+@register_how("taylor")
+def taylor(times: Sequence[float], now: float, order: int) -> list[float]:
+    """The Taylor expansion at the newest value, with derivatives by backward differences (TaylorSeer, arXiv 2503.06923)."""
+    ahead = now - times[0]
+    return _combined(times, [ahead**k / math.factorial(k) for k in range(order + 1)])
+
+
+@register_how("hermite")
+def hermite(times: Sequence[float], now: float, order: int) -> list[float]:
+    """As Taylor, with scaled Hermite polynomials in place of powers (HiCache, arXiv 2508.16984, with its scale 1/2)."""
+    if order == 0:
+        return [1.0]
+    unit, scale = times[0] - times[1], 0.5
+    polynomials = [1.0, 2 * scale * (now - times[0]) / unit]
+    while len(polynomials) <= order:  # H_k+1(x) = 2 x H_k(x) - 2 k H_k-1(x)
+        k = len(polynomials) - 1
+        polynomials.append(polynomials[1] * polynomials[k] - 2 * k * polynomials[k - 1])
+    return _combined(times, [unit**k * scale**k * polynomials[k] / math.factorial(k) for k in range(order + 1)])
+
+
+def _combined(times: Sequence[float], factors: Sequence[float]) -> list[float]:
+    """Weights of the values for a sum of factors times their derivatives at the newest time."""
+    count = len(times)
+    derivatives = [[float(i == j) for j in range(count)] for i in range(count)]  # of each value, in terms of all
+    total = [factors[0] * w for w in derivatives[0]]
+    for factor in factors[1:]:
+        derivatives = [
+            [(a - b) / (times[i] - times[i + 1]) for a, b in zip(derivatives[i], derivatives[i + 1], strict=True)]
+            for i in range(len(derivatives) - 1)
+        ]
+        total = [t + factor * w for t, w in zip(total, derivatives[0], strict=True)]
+    return total
