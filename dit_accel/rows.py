@@ -113,3 +113,18 @@ def ids_grid(name: str) -> Callable[[Any, Given], Grid]:
         return (1, height, width) if height * width == len(picture) else (1, 1, len(ids))
 
     return grid
+
+
+def take(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of [B, N, ...]; rows are [k], the same in all of the batch, or [B, k]."""
+    if rows.ndim == 1:
+        return values.index_select(1, rows)
+    values = values.expand(len(rows), *values.shape[1:])
+    return values.gather(1, rows.reshape(*rows.shape, *[1] * (values.ndim - 2)).expand(*rows.shape, *values.shape[2:]))
+
+
+def put(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The inverse of `take`, in place; returns the target."""
+    if rows.ndim == 1:
+        return target.index_copy_(1, rows, values)
+    return target.scatter_(1, rows.reshape(*rows.shape, *[1] * (values.ndim - 2)).expand_as(values), values)

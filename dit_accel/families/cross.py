@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_accel.rows import UNCONDITIONAL_FIRST, CONDITIONAL_FIRST, Family, Given, Grid, Stack, picture_grid
+from dit_accel.rows import CONDITIONAL_FIRST, UNCONDITIONAL_FIRST, Family, Given, Grid, Stack, picture_grid
 
 TEXT = {"encoder_hidden_states": (4, "attn2.to_k")}
 

@@ -1,0 +1,77 @@
+"""Attention of the selected tokens alone, computed by the stock code: fresh queries against the kept keys and values of all tokens.
+
+PyTorch's scaled_dot_product_attention is where all of diffusers' own processors meet: there, after QK-norm and rotary embedding,
+the keys and values of the selected tokens refresh those that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from dit_accel.rows import put, take
+
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of scaled_dot_product_attention
+Given = dict[str, Any]
+
+
+class Attention(TorchFunctionMode):
+    """Changes the arguments of the first attention inside; RuntimeError at the end if there was none."""
+
+    def __init__(self, name: str, change: Callable[[Given], None]) -> None:
+        super().__init__()
+        self.name, self.change, self.done = name, change, False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Given | None = None) -> Any:
+        if self.done or func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.done, given = True, {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        self.change(given)
+        return func(**given)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if error is None and not self.done:
+            raise RuntimeError(
+                f"{self.name} does not compute attention by PyTorch's scaled_dot_product_attention: call "
+                "transformer.set_attention_backend('native'), or set attention='reuse'."
+            )
+
+
+def refresh(given: Given, kept: tuple[Any, ...], rows: torch.Tensor) -> None:
+    """Let the selected queries, [B, heads, k, D], see the kept keys and values, in which these rows are now refreshed."""
+    for name, value in zip(("key", "value"), kept[:2], strict=True):
+        put(value.transpose(1, 2), rows, given[name].transpose(1, 2))
+        given[name] = value
+    if (mask := kept[2]) is not None:
+        given["attn_mask"] = mask if mask.shape[-2] == 1 else take(mask.transpose(1, 2), rows).transpose(1, 2)
+
+
+class PerPicture(list[Any]):
+    """Tables of positions, one for each picture of the batch: stock attention takes one for all of it."""
+
+
+def positions(table: Any, lengths: set[int], rows: Callable[[int], torch.Tensor]) -> Any:
+    """The selected rows of rotary tables, along the first dimension that is as long as a sequence of tokens.
+
+    Args:
+        lengths: of sequences, with text and without.
+        rows: the selected ones of a sequence of this length, [k] or [B, k].
+    """
+    if not isinstance(table, torch.Tensor):
+        return table if table is None else tuple(positions(part, lengths, rows) for part in table)
+    dim = next((place for place, size in enumerate(table.shape) if size in lengths), None)
+    return table if dim is None else table.index_select(dim, rows(table.shape[dim]))
+
+
+def picture(value: Any, place: int, batch: int) -> Any:
+    """What belongs to one picture of a batch."""
+    if isinstance(value, PerPicture):
+        return value[place]
+    if isinstance(value, (tuple, list)):
+        return type(value)(picture(part, place, batch) for part in value)
+    return value[place : place + 1] if isinstance(value, torch.Tensor) and len(value) == batch else value

@@ -1,0 +1,149 @@
+"""Packed steps: the stock forward of every block runs over the selected tokens alone.
+
+Only mixers, through which tokens see each other, are replaced: they return what they returned at the last full step ("reuse"), or
+compute the selected queries against the kept keys and values, in which the selected rows are refreshed ("fresh"). At the head, the
+rows that were not selected come from past outputs. What runs between the blocks sees zeros in the usual shape: whatever it adds to
+them, such as a ControlNet's residuals, is added to the selected tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+
+from dit_accel.rows import Family, Stack
+from dit_accel.steps import Full, Index, Memory, Partial, Site
+
+HOOK = "dit_accel_packed"
+
+
+class _Mixer(ModelHook):  # type: ignore[misc]
+    def __init__(self, packed: Packed, site: Site, name: str) -> None:
+        super().__init__()
+        self.packed, self.stack, self.key = packed, site.stack, (site.place, name)
+        self.name = f"{name} of block {site.place} of {packed.family.transformer}"
+
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        call, forward = self.packed.call, self.fn_ref.original_forward
+        return forward(*args, **kwargs) if call is None else call.mix(self, module, forward, args, kwargs)
+
+
+class Packed:
+    """Packed steps of one transformer.
+
+    Args:
+        family: its description, from `families.table.lookup`.
+        attention: "reuse" what it returned at the last full step, or compute the selected queries "fresh".
+
+    Raises:
+        ValueError: if attention is not known, or this family's cannot be computed afresh.
+    """
+
+    def __init__(self, transformer: Any, family: Family, attention: str = "reuse") -> None:
+        if attention not in ("reuse", "fresh"):
+            raise ValueError(f"attention must be 'reuse' or 'fresh', not {attention!r}.")
+        if attention == "fresh" and family.stale_only:
+            raise ValueError(f"{family.transformer} cannot compute attention afresh: {family.stale_only}; set attention='reuse'.")
+        self.transformer, self.family, self.attention = transformer, family, attention
+        self.call: Full | Partial | None = None
+        self.last = sum(len(getattr(transformer, stack.blocks)) for stack in family.stacks) - 1
+        self._handles: list[Any] = []
+        self._mixers: list[Any] = []
+
+    def full(self, memory: Memory, tokens: int, time: float, most: int = 2) -> contextlib.AbstractContextManager[None]:
+        """Inside, the transformer's call computes everything, bit by bit as stock, and is remembered.
+
+        Args:
+            tokens: how many can be selected, `Family.count`.
+            time: of this step; a second output at the same time, of a solver such as Heun's, replaces the first.
+            most: how many outputs to keep besides this one.
+        """
+        memory.tokens = tokens
+        return self._calling(Full(self.family, self.attention, memory, time, most))
+
+    def partial(self, memory: Memory, index: Index, weights: Sequence[float]) -> contextlib.AbstractContextManager[None]:
+        """Inside, the transformer's call computes the selected tokens; nothing is read from the device.
+
+        Args:
+            memory: of the same branch.
+            index: of the selected tokens, ascending, [k] or [B, k]; or what makes it of the tokens that enter the first block.
+            weights: of the past outputs, newest first, that make up the rows that are not selected.
+        """
+        return self._calling(Partial(self.family, self.attention, self.last, memory, index, weights))
+
+    @contextlib.contextmanager
+    def _calling(self, call: Full | Partial) -> Iterator[None]:
+        self.call = call
+        try:
+            yield
+        finally:
+            self.call = None
+
+    def attach(self) -> None:
+        """Hook into blocks, mixers and head; outside of `full` and `partial` that changes nothing."""
+        for site, block in sites(self.transformer, self.family):
+            self._handles.append(block.register_forward_pre_hook(functools.partial(self._before, site), with_kwargs=True))
+            self._handles.append(block.register_forward_hook(functools.partial(self._after, site)))
+            for name, mixer in mixers(site.stack, block):
+                hook_mixer(mixer, _Mixer(self, site, name))
+                self._mixers.append(mixer)
+        head = self.transformer.get_submodule(self.family.head)
+        for module in head.values() if isinstance(head, torch.nn.ModuleDict) else (head,):
+            self._handles.append(module.register_forward_hook(self._head))
+        self._renew()
+
+    def detach(self) -> None:
+        """The inverse of `attach`."""
+        for handle in self._handles:
+            handle.remove()
+        for mixer in self._mixers:
+            unhook_mixer(mixer)
+        self._handles, self._mixers = [], []
+        self._renew()
+
+    def _renew(self) -> None:
+        """Diffusers remembers which modules have hooks."""
+        if registry := getattr(self.transformer, "_diffusers_hook", None):
+            registry.invalidate_child_registries_cache()
+
+    def _before(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.call and self.call.before(site, {**dict(zip(site.names, args, strict=False)), **kwargs})
+
+    def _after(self, site: Site, module: Any, args: Any, output: Any) -> Any:
+        return self.call and self.call.after(site, output)
+
+    def _head(self, module: Any, args: Any, output: Any) -> Any:
+        return self.call and self.call.head(output)
+
+
+def sites(transformer: Any, family: Family) -> Iterator[tuple[Site, Any]]:
+    """All blocks in the order in which they run."""
+    blocks = [(stack, block) for stack in family.stacks for block in getattr(transformer, stack.blocks)]
+    for place, (stack, block) in enumerate(blocks):
+        parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+        yield Site(place, stack, tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)), block
+
+
+def mixers(stack: Stack, block: Any) -> list[tuple[str, Any]]:
+    """Those that this block has, by name."""
+    return [(name, mixer) for name in stack.mixers if (mixer := getattr(block, name, None)) is not None]
+
+
+def hook_mixer(mixer: Any, hook: Any) -> None:
+    HookRegistry.check_if_exists_or_initialize(mixer).register_hook(hook, HOOK)
+
+
+def unhook_mixer(mixer: Any) -> None:
+    """The inverse of `hook_mixer`, after which `vars(mixer)` is what it was."""
+    registry = mixer._diffusers_hook
+    registry.remove_hook(HOOK, recurse=False)
+    if getattr(vars(mixer).get("forward"), "__func__", None) is type(mixer).forward:
+        del mixer.forward  # diffusers leaves it on the instance
+    if not registry.hooks:
+        del mixer._diffusers_hook

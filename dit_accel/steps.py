@@ -1,0 +1,226 @@
+"""What a packed step does at every block, mixer and head, and what it remembers of a guidance branch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dit_accel import fresh, store
+from dit_accel.rows import Family, Stack, put, take
+
+Index = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Memory:
+    """What one guidance branch remembers; tensors keep their addresses while their shapes stay the same.
+
+    Attributes:
+        tokens: N, how many tokens can be selected.
+        times: of the full steps whose outputs are remembered, newest first.
+        outputs: the head's rows at these, each a list of one [B, N, C].
+        features: by mixer (place of its block, name): its output, or its keys, values and mask. Under "entered", the tokens that
+            entered the first block, [B, N, C].
+    """
+
+    tokens: int = 0
+    times: list[float] = field(default_factory=list)
+    outputs: list[list[Any]] = field(default_factory=list)
+    features: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+
+    def keep(self, key: Any, *values: torch.Tensor | None) -> None:
+        """Remember what the last full step computed."""
+        old = (*self.features.get(key, ()), *[None] * len(values))
+        self.features[key] = tuple(v if v is None else _written(o, v.detach()) for o, v in zip(old, values, strict=False))
+
+    def part(self, pictures: slice) -> Memory:
+        """Views of what is remembered of some pictures of the batch, such as the conditional half."""
+
+        def own(values: Sequence[Any]) -> list[Any]:
+            return [value[pictures] if isinstance(value, torch.Tensor) and len(value) > 1 else value for value in values]
+
+        features = {key: tuple(own(values)) for key, values in self.features.items()}
+        return Memory(self.tokens, list(self.times), list(map(own, self.outputs)), features)
+
+    def bytes(self) -> int:
+        return sum(store.size_in_bytes(list(leaves)) for leaves in (*self.outputs, *self.features.values()))
+
+
+def _written(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """In place where that is possible; an inference tensor cannot be written to outside of inference mode."""
+    alike = old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+    usable = old is not None and alike and old.is_inference() == torch.is_inference_mode_enabled()
+    return old.copy_(new) if old is not None and usable else new.clone()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block: its place among all blocks, its stack, and the names of its arguments."""
+
+    place: int
+    stack: Stack
+    names: tuple[str, ...]
+
+
+class Full:
+    """A full step: the stock forward, remembered."""
+
+    def __init__(self, family: Family, attention: str, memory: Memory, time: float, most: int) -> None:
+        self.family, self.attention, self.memory, self.time, self.most = family, attention, memory, time, most
+
+    def before(self, site: Site, given: dict[str, Any]) -> None:
+        for name in site.stack.refused:
+            if given.get(name) is not None:
+                raise ValueError(f"With {name}, no tokens of {self.family.transformer} can be selected; leave it out.")
+        if site.place == 0:
+            tokens, count = given[site.stack.tokens], self.memory.tokens
+            if tokens.shape[1] < count or (tokens.shape[1] > count and not site.stack.joint):
+                raise ValueError(f"{tokens.shape[1]} tokens entered {self.family.transformer}'s blocks; {count} were announced.")
+
+            self.memory.keep("entered", tokens[:, :count] if site.stack.text_last else tokens[:, -count:])
+
+    def after(self, site: Site, output: Any) -> None:
+        """The output stays as it is."""
+
+    def mix(self, hook: Any, mixer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        fused = hook.stack.fused
+        if self.attention == "fresh":
+            names = fresh.ARGUMENTS[1:4]
+            with fresh.Attention(hook.name, lambda given: self.memory.keep(hook.key, *(given.get(name) for name in names))):
+                return forward(*args, **kwargs)
+        output, kept = (forward(*args, **kwargs),) * 2 if fused is None else fused(mixer, forward, args, kwargs, None)
+        self.memory.keep(hook.key, *(kept if isinstance(kept, tuple) else (kept,)))
+        return output
+
+    def head(self, output: torch.Tensor) -> None:
+        rows = output.flatten(1, -2)
+        if rows.shape[1] < self.memory.tokens:
+            raise ValueError(f"Only {rows.shape[1]} of {self.memory.tokens} tokens of {self.family.transformer} reach its output.")
+        store.push(self.memory.outputs, self.memory.times, self.time, [rows], self.most)
+
+
+class Partial:
+    """A partial step; `x` and `words` are the selected tokens and the kept text on their way through the blocks."""
+
+    def __init__(self, family: Family, attention: str, last: int, memory: Memory, index: Index, weights: Sequence[float]) -> None:
+        self.family, self.attention, self.last, self.memory, self.weights = family, attention, last, memory, weights
+        self.index: Any = index
+        self.x: Any = None
+        self.words: Any = None
+        self.left: Any = None  # what the last block left in place of the tokens
+        self.shape, self.text_shape = torch.Size(), torch.Size()  # of tokens and text around the blocks
+        self.whole = attention == "fresh"  # whether text is computed; nobody looks at it while attention is reused
+        self.finished = False
+        self._zeros: dict[Any, torch.Tensor] = {}
+        self._rows: dict[Any, torch.Tensor] = {}
+
+    def kept(self, text: int) -> int:
+        return text if self.whole else min(self.family.least_text, text)
+
+    def rows(self, length: int) -> torch.Tensor:
+        """Rows of the selected tokens, and of the kept text, in a sequence with or without text."""
+        if length not in self._rows:
+            count, text, index = self.memory.tokens, length - self.memory.tokens, self.index
+            words = torch.arange(self.kept(text), device=index.device).expand(*index.shape[:-1], -1)
+            parts = [index, words + count] if self.family.stacks[0].text_last else [words, index + text]
+            self._rows[length] = torch.cat(parts, dim=-1) if text else index
+        return self._rows[length]
+
+    def zeros(self, shape: torch.Size) -> torch.Tensor:
+        """They take no memory; writing to them in place raises."""
+        if shape not in self._zeros:
+            self._zeros[shape] = self.x.new_zeros(()).expand(shape)
+        return self._zeros[shape]
+
+    def before(self, site: Site, given: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        stack, tokens, text = site.stack, given[site.stack.tokens], given.get(site.stack.text or "")
+        if self.x is None:
+            if (entered := self.memory.features.get("entered")) is None or len(entered[0]) != len(tokens):
+                raise RuntimeError("This branch has no full step of a batch of this size behind it; compute one first.")
+            self.index = self.index(tokens) if callable(self.index) else self.index
+            self.whole = self.whole or self.index.shape[-1] == self.memory.tokens
+            self.x = take(tokens, self.rows(tokens.shape[1]))
+            self.words = None if text is None else text[:, : self.kept(text.shape[1])]
+        elif tokens is not self.left:
+            if tokens.shape[1] != self.shape[1]:  # the streams have been joined
+                self.x = torch.cat([self.x, self.words] if stack.text_last else [self.words, self.x], dim=1)
+            self.x = self.x + take(tokens, self.rows(tokens.shape[1]))
+        self.shape, self.text_shape = tokens.shape, torch.Size() if text is None else text.shape
+        given[stack.tokens] = self.x
+        if text is not None and stack.text is not None:
+            given[stack.text] = self.words
+        for name in stack.per_token:
+            value = given.get(name)
+            if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == tokens.shape[1] > 1:
+                given[name] = take(value, self.rows(tokens.shape[1]))
+        for name in stack.positions if self.attention == "fresh" else ():
+            given[name] = self._positions(given.get(name))
+        return (), given
+
+    def _positions(self, table: Any) -> Any:
+        count, text = self.memory.tokens, self.text_shape[1] if self.text_shape else 0
+        if text == count:
+            raise ValueError("There are as many text tokens as others, so their positions look alike; set attention='reuse'.")
+        select = functools.partial(fresh.positions, lengths={count, count + text, self.shape[1]})
+        if self.index.ndim == 1:
+            return select(table, rows=self.rows)
+        batch = len(self.index)
+
+        def own(place: int) -> Any:
+            return select(fresh.picture(table, place, batch), rows=lambda length: self.rows(length)[place])
+
+        return fresh.PerPicture(map(own, range(batch)))
+
+    def after(self, site: Site, output: Any) -> Any:
+        parts = dict(zip(site.stack.returns, output if isinstance(output, tuple) else (output,), strict=False))
+        self.x = parts["tokens"]
+        if parts.get("text") is not None:
+            self.words, parts["text"] = parts["text"], self.zeros(self.text_shape)
+        self.finished = site.place == self.last
+        self.left = self.zeros(self.shape)
+        if self.finished:
+            self.left = put(self.x.new_zeros(self.shape), self.rows(self.shape[1]), self.x)
+        parts["tokens"] = self.left
+        return tuple(parts.values()) if isinstance(output, tuple) else self.left
+
+    def mix(self, hook: Any, mixer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (kept := self.memory.features.get(hook.key)) is None:
+            raise RuntimeError(f"{hook.name} did not run at this branch's last full step; compute one first.")
+        if self.attention == "fresh":
+            return self._attend(hook.name, kept, forward, args, kwargs)
+        recalled = [value if value is None else take(value, self.rows(value.shape[1])) for value in kept[:1] + kept[2:]]
+        if len(kept) > 1:
+            recalled.insert(1, None if kept[1] is None else kept[1][:, : self.kept(kept[1].shape[1])])
+        if hook.stack.fused is not None:
+            return hook.stack.fused(mixer, forward, args, kwargs, recalled[0])
+        return recalled[0] if len(recalled) == 1 else tuple(recalled)
+
+    def _attend(self, name: str, kept: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Fresh attention, picture by picture where each has positions of its own."""
+        rows = self.rows(kept[0].shape[-2])
+        if not any(isinstance(value, fresh.PerPicture) for value in (*args, *kwargs.values())):
+            with fresh.Attention(name, lambda given: fresh.refresh(given, kept, rows)):
+                return forward(*args, **kwargs)
+
+        def own(place: int) -> Any:
+            one = functools.partial(fresh.picture, place=place, batch=len(rows))
+            with fresh.Attention(name, lambda given: fresh.refresh(given, one(kept), rows[place])):
+                return forward(*map(one, args), **{key: one(value) for key, value in kwargs.items()})
+
+        outputs = list(map(own, range(len(rows))))
+        return tuple(map(torch.cat, zip(*outputs, strict=True))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
+
+    def head(self, output: torch.Tensor) -> torch.Tensor:
+        if not self.finished:
+            raise RuntimeError(f"The last block of {self.family.transformer} was skipped, and the tokens with it; let it run.")
+        if not 0 < len(self.weights) <= len(self.memory.outputs):
+            raise ValueError(f"There are {len(self.weights)} weights for {len(self.memory.outputs)} outputs; give one to each.")
+
+        (forecast,) = store.combined(self.memory.outputs, tuple(self.weights))
+        found = output.flatten(1, -2)
+        rows = self.rows(found.shape[1])
+        return put(forecast, rows, take(found, rows)).view_as(output)
