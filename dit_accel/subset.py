@@ -71,10 +71,13 @@ def _check(site: Site, block: Any, known: set[int]) -> None:
     finally:
         for handle in handles:
             handle.remove()
+    words = torch.arange(TEXT, device=tokens.device)
+    joint = torch.cat([rows, words + TOKENS] if site.stack.text_last else [words, rows + TEXT])
     for (name, expected), (_, found) in zip(whole, trace, strict=True):
         for a, b in zip(*(value if isinstance(value, tuple) else (value,) for value in (expected, found)), strict=True):
-            if isinstance(a, torch.Tensor) and a.shape[:2] == (1, TOKENS):
-                a = a[:, rows].float()
+            chosen = {TOKENS: rows, TOKENS + TEXT: joint}.get(a.shape[1]) if isinstance(a, torch.Tensor) and a.ndim > 2 else None
+            if chosen is not None:
+                a = a[:, chosen].float()
                 close = max(1e-5, 4 * torch.finfo(b.dtype).eps) * float(a.abs().max())
                 if a.shape != b.shape or float((a - b.float()).abs().max()) > close:
                     raise TypeError(_refusal(name))
