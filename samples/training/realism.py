@@ -29,7 +29,7 @@ from border import ring_errors
 from common import write_json
 from data import STYLES, WORK, Scene, color_names, concepts, scene_prompt
 from generate import defaults, generate, generate_all, open_pipeline, pair_scenes
-from judge import OUT, load_judge, shares, verdicts
+from judge import OUT, Verdict, load_judge, shares, verdicts
 
 MUST = {  # what it is called, how it is written, and what it must be
     "first detail": ("fine detail, first prediction to final: cosine", ".2f", "at most", 0.3),
@@ -92,7 +92,7 @@ def fine_detail(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def singles(count: int, plain: bool) -> list[Scene]:
-    """Scenes of one concept, every concept and style alike often; every other one with a named background unless `plain`."""
+    """Different scenes of one concept, drawn from all concepts and styles; every other one on a named background unless `plain`."""
     rng = random.Random(0)
     rows = [(concept, style) for concept in concepts() for style in STYLES]
     chosen = rng.sample(rows, count)
@@ -148,7 +148,7 @@ def main(
     checkpoint: str = typer.Option(None, help="flux or pixart: measure the averaged weights of the training so far."),
     count: int = typer.Option(40, help="Prompts of one object; the figures are means over them."),
     pairs: int = typer.Option(40, help="Prompts of two objects, for the judge."),
-    everything: bool = typer.Option(False, "--all", help="Have every concept in every style named, not only those of the prompts."),
+    everything: bool = typer.Option(False, "--all", help="The object of every concept in every style, not only of the prompts."),
     plain: bool = typer.Option(False, help="Neither backgrounds nor pairs: for a pipeline that knows none."),
     prompts: Path = typer.Option(None, help="File of prompts, one a line, instead of scenes; nothing is judged then."),
     accuracy: bool = typer.Option(True, help="Ask the judge."),
@@ -173,13 +173,18 @@ def main(
     pictures, measured, curve = measure(pipe, texts, **settings, batch=batch, seed=seed)
     judged = {}
     if accuracy and not prompts:
-        more = [] if plain else pair_scenes(pairs, held=False)
+        judge = load_judge(judge_path)
+
+        def judged_of(asked: list[Scene], note: str) -> list[Verdict]:
+            seeds = list(range(seed, seed + len(asked)))
+            made = generate_all(pipe, [scene_prompt(one) for one in asked], seeds, **settings, batch=batch, note=note)
+            return verdicts(judge, made, asked)
+
+        found = verdicts(judge, pictures, scenes)
+        judged = shares(found if plain else found + judged_of(pair_scenes(pairs, held=False), "pairs"))
         if everything:
-            more += [Scene((concept,), style) for concept in concepts() for style in STYLES]
-        asked, seeds = [scene_prompt(made) for made in more], list(range(seed, seed + len(more)))
-        others = generate_all(pipe, asked, seeds, **settings, batch=batch, note="pictures for the judge")
-        pictures = torch.cat([pictures, others])
-        judged = shares(verdicts(load_judge(judge_path), pictures, scenes + more))
+            every = [Scene((concept,), style) for concept in concepts() for style in STYLES]
+            judged["object"] = shares(judged_of(every, "every concept and style"))["object"]
     console = Console()
     console.print(table(measured | judged, f"{name}: {len(texts)} prompts, {settings['steps']} steps"))
     path = out or (folder / "realism.json" if folder else WORK / f"realism-{checkpoint}.json")
