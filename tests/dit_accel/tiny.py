@@ -17,8 +17,8 @@ N = SIDE * SIDE
 Inputs = Callable[[float], dict[str, Any]]
 
 
-def reinitialise(module: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
+def reinitialise(module: torch.nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "scale_shift_table" in name:
@@ -100,11 +100,12 @@ def chroma() -> tuple[Any, Inputs]:
 
 
 def ovis() -> tuple[Any, Inputs]:
-    return D.OvisImageTransformer2DModel(**FLUX, **ROPE), sequence
+    return D.OvisImageTransformer2DModel(**{**FLUX, "in_channels": 64}, **ROPE), lambda t: sequence(t, channels=64)
 
 
 def longcat() -> tuple[Any, Inputs]:
-    return D.LongCatImageTransformer2DModel(**FLUX, **ROPE, pooled_projection_dim=32), sequence
+    model = D.LongCatImageTransformer2DModel(**{**FLUX, "in_channels": 64}, **ROPE, pooled_projection_dim=32)
+    return model, lambda t: sequence(t, channels=64)
 
 
 def sd3() -> tuple[Any, Inputs]:
