@@ -235,7 +235,7 @@ def fit(sets: tuple[str, ...], vae: AutoencoderTiny, samples: int, batch: int, l
 
 
 def main(
-    samples: int = typer.Option(160_000, help="Scenes seen by each of the two runs."),
+    samples: int = typer.Option(128_000, help="Scenes seen by each of the two runs."),
     batch: int = typer.Option(64),
     lr: float = typer.Option(3e-3),
     bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a CPU with AMX or AVX512-BF16, slower on an old one."),
