@@ -44,6 +44,8 @@ class Attention(TorchFunctionMode):
 
 def refresh(given: Given, kept: tuple[Any, ...], rows: torch.Tensor) -> None:
     """Let the selected queries, [B, heads, k, D], see the kept keys and values, in which these rows are now refreshed."""
+    if given["key"] is kept[0]:
+        return  # of a compiled graph, which has done this already
     for name, value in zip(("key", "value"), kept[:2], strict=True):
         put(value.transpose(1, 2), rows, given[name].transpose(1, 2))
         given[name] = value

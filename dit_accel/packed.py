@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
-from dit_accel.rows import Family, Stack
+from dit_accel.rows import Family
 from dit_accel.steps import Full, Index, Memory, Partial, Site
 
 HOOK = "dit_accel_packed"
 
 
-class _Mixer(ModelHook):  # type: ignore[misc]
+class _Part(ModelHook):  # type: ignore[misc]
+    """Of a mixer or an idle module."""
+
     def __init__(self, packed: Packed, site: Site, name: str) -> None:
         super().__init__()
         self.packed, self.stack, self.key = packed, site.stack, (site.place, name)
@@ -31,7 +33,10 @@ class _Mixer(ModelHook):  # type: ignore[misc]
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         call, forward = self.packed.call, self.fn_ref.original_forward
-        return forward(*args, **kwargs) if call is None else call.mix(self, module, forward, args, kwargs)
+        if call is None:
+            return forward(*args, **kwargs)
+        carry_out = call.idle if self.key[1] in self.stack.idle else call.mix
+        return carry_out(self, module, forward, args, kwargs)
 
 
 class Packed:
@@ -54,7 +59,7 @@ class Packed:
         self.call: Full | Partial | None = None
         self.last = sum(len(getattr(transformer, stack.blocks)) for stack in family.stacks) - 1
         self._handles: list[Any] = []
-        self._mixers: list[Any] = []
+        self._hooked: list[Any] = []
 
     def full(self, memory: Memory, tokens: int, time: float, most: int = 2) -> contextlib.AbstractContextManager[None]:
         """Inside, the transformer's call computes everything, bit by bit as stock, and is remembered.
@@ -64,7 +69,7 @@ class Packed:
             time: of this step; a second output at the same time, of a solver such as Heun's, replaces the first.
             most: how many outputs to keep besides this one.
         """
-        memory.tokens = tokens
+        memory.begin(tokens)
         return self._calling(Full(self.family, self.attention, memory, time, most))
 
     def partial(self, memory: Memory, index: Index, weights: Sequence[float]) -> contextlib.AbstractContextManager[None]:
@@ -86,13 +91,13 @@ class Packed:
             self.call = None
 
     def attach(self) -> None:
-        """Hook into blocks, mixers and head; outside of `full` and `partial` that changes nothing."""
+        """Hook into blocks, their parts and the head; outside of `full` and `partial` that changes nothing."""
         for site, block in sites(self.transformer, self.family):
             self._handles.append(block.register_forward_pre_hook(functools.partial(self._before, site), with_kwargs=True))
             self._handles.append(block.register_forward_hook(functools.partial(self._after, site)))
-            for name, mixer in mixers(site.stack, block):
-                hook_mixer(mixer, _Mixer(self, site, name))
-                self._mixers.append(mixer)
+            for name, module in parts(block, site.stack.mixers + site.stack.idle):
+                hook_forward(module, _Part(self, site, name))
+                self._hooked.append(module)
         head = self.transformer.get_submodule(self.family.head)
         for module in head.values() if isinstance(head, torch.nn.ModuleDict) else (head,):
             self._handles.append(module.register_forward_hook(self._head))
@@ -102,9 +107,9 @@ class Packed:
         """The inverse of `attach`."""
         for handle in self._handles:
             handle.remove()
-        for mixer in self._mixers:
-            unhook_mixer(mixer)
-        self._handles, self._mixers = [], []
+        for module in self._hooked:
+            unhook_forward(module)
+        self._handles, self._hooked = [], []
         self._renew()
 
     def _renew(self) -> None:
@@ -130,20 +135,21 @@ def sites(transformer: Any, family: Family) -> Iterator[tuple[Site, Any]]:
         yield Site(place, stack, tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)), block
 
 
-def mixers(stack: Stack, block: Any) -> list[tuple[str, Any]]:
-    """Those that this block has, by name."""
-    return [(name, mixer) for name in stack.mixers if (mixer := getattr(block, name, None)) is not None]
+def parts(block: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
+    """The submodules of these names that this block has."""
+    return [(name, module) for name in names if (module := getattr(block, name, None)) is not None]
 
 
-def hook_mixer(mixer: Any, hook: Any) -> None:
-    HookRegistry.check_if_exists_or_initialize(mixer).register_hook(hook, HOOK)
+def hook_forward(module: Any, hook: Any) -> None:
+    """Let a hook of diffusers carry out the module's forward."""
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
 
 
-def unhook_mixer(mixer: Any) -> None:
-    """The inverse of `hook_mixer`, after which `vars(mixer)` is what it was."""
-    registry = mixer._diffusers_hook
+def unhook_forward(module: Any) -> None:
+    """The inverse, after which `vars(module)` is what it was."""
+    registry = module._diffusers_hook
     registry.remove_hook(HOOK, recurse=False)
-    if getattr(vars(mixer).get("forward"), "__func__", None) is type(mixer).forward:
-        del mixer.forward  # diffusers leaves it on the instance
+    if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+        del module.forward  # diffusers leaves it on the instance
     if not registry.hooks:
-        del mixer._diffusers_hook
+        del module._diffusers_hook

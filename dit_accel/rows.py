@@ -26,6 +26,7 @@ class Stack:
         blocks: name of the transformer's ModuleList.
         mixers: submodules of a block through which tokens see each other; a block that lacks one is fine.
         tokens: argument of the block that holds the tokens, [B, N, C].
+        idle: submodules that work for text alone, and so not at all while no text is computed.
         text: argument that holds a text stream of its own; None if text is part of the tokens or only looked at.
         returns: what the block returns, in order; a block that returns a single tensor returns tokens.
         joint: whether the tokens are a joint sequence of text and image.
@@ -41,6 +42,7 @@ class Stack:
 
     blocks: str
     mixers: tuple[str, ...]
+    idle: tuple[str, ...] = ()
     tokens: str = "hidden_states"
     text: str | None = None
     returns: tuple[str, ...] = ("tokens",)

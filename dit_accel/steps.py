@@ -31,11 +31,18 @@ class Memory:
     times: list[float] = field(default_factory=list)
     outputs: list[list[Any]] = field(default_factory=list)
     features: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+    inference: bool = False
 
     def keep(self, key: Any, *values: torch.Tensor | None) -> None:
         """Remember what the last full step computed."""
         old = (*self.features.get(key, ()), *[None] * len(values))
         self.features[key] = tuple(v if v is None else _written(o, v.detach()) for o, v in zip(old, values, strict=False))
+
+    def begin(self, tokens: int) -> None:
+        """A full step; what was remembered in inference mode cannot be written to outside of it."""
+        if self.inference != torch.is_inference_mode_enabled():
+            self.times, self.outputs, self.features = [], [], {}
+        self.tokens, self.inference = tokens, torch.is_inference_mode_enabled()
 
     def part(self, pictures: slice) -> Memory:
         """Views of what is remembered of some pictures of the batch, such as the conditional half."""
@@ -44,17 +51,16 @@ class Memory:
             return [value[pictures] if isinstance(value, torch.Tensor) and len(value) > 1 else value for value in values]
 
         features = {key: tuple(own(values)) for key, values in self.features.items()}
-        return Memory(self.tokens, list(self.times), list(map(own, self.outputs)), features)
+        return Memory(self.tokens, list(self.times), list(map(own, self.outputs)), features, self.inference)
 
     def bytes(self) -> int:
         return sum(store.size_in_bytes(list(leaves)) for leaves in (*self.outputs, *self.features.values()))
 
 
 def _written(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """In place where that is possible; an inference tensor cannot be written to outside of inference mode."""
+    """In place where that is possible."""
     alike = old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
-    usable = old is not None and alike and old.is_inference() == torch.is_inference_mode_enabled()
-    return old.copy_(new) if old is not None and usable else new.clone()
+    return old.copy_(new) if old is not None and alike else new.clone()
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,12 @@ class Full:
                 return forward(*args, **kwargs)
         output, kept = (forward(*args, **kwargs),) * 2 if fused is None else fused(mixer, forward, args, kwargs, None)
         self.memory.keep(hook.key, *(kept if isinstance(kept, tuple) else (kept,)))
+        return output
+
+    def idle(self, hook: Any, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Of what is made of text, nothing has to be remembered but what it is."""
+        output = forward(*args, **kwargs)
+        self.memory.keep(hook.key, *(v[:, :0] if v.ndim > 2 else v for v in (output if isinstance(output, tuple) else (output,))))
         return output
 
     def head(self, output: torch.Tensor) -> None:
@@ -198,6 +210,12 @@ class Partial:
         if hook.stack.fused is not None:
             return hook.stack.fused(mixer, forward, args, kwargs, recalled[0])
         return recalled[0] if len(recalled) == 1 else tuple(recalled)
+
+    def idle(self, hook: Any, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept = self.memory.features.get(hook.key, ())
+        if self.whole or not kept:
+            return forward(*args, **kwargs)
+        return kept[0] if len(kept) == 1 else kept
 
     def _attend(self, name: str, kept: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Fresh attention, picture by picture where each has positions of its own."""

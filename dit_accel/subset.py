@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 
-from dit_accel.packed import hook_mixer, mixers, sites, unhook_mixer
+from dit_accel.packed import hook_forward, parts, sites, unhook_forward
 from dit_accel.rows import Family
 from dit_accel.steps import Site
 
@@ -39,14 +39,14 @@ def subset_check(transformer: Any, family: Family) -> None:
         if site.stack.blocks in checked:
             continue
         checked.add(site.stack.blocks)
-        inside = mixers(site.stack, block)
+        inside = parts(block, site.stack.mixers)
         for _, mixer in inside:
-            hook_mixer(mixer, _Through(site.stack.text))
+            hook_forward(mixer, _Through(site.stack.text))
         try:
             _check(site, block, {id(part) for _, mixer in inside for part in mixer.modules()})
         finally:
             for _, mixer in inside:
-                unhook_mixer(mixer)
+                unhook_forward(mixer)
 
 
 def _check(site: Site, block: Any, known: set[int]) -> None:
@@ -97,7 +97,7 @@ def _example(site: Site, block: Any) -> dict[str, Any]:
     devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
     device = devices[0] if devices else weight.device
     generator = torch.Generator().manual_seed(0)
-    linear = next(part for part in mixers(stack, block)[0][1].modules() if hasattr(part, "in_features"))
+    linear = next(part for part in parts(block, stack.mixers)[0][1].modules() if hasattr(part, "in_features"))
     width = int(linear.in_features)
 
     def random(*shape: int | str) -> torch.Tensor:

@@ -43,6 +43,7 @@ FAMILIES = (
             Stack(
                 "transformer_blocks",
                 ("attn",),
+                ("norm1_context", "norm2_context", "ff_context"),
                 text="encoder_hidden_states",
                 returns=("text", "tokens"),
                 positions=("image_rotary_emb",),

@@ -13,9 +13,10 @@ from typing import Any
 from dit_accel.rows import UNCONDITIONAL_FIRST, Family, Given, Grid, Stack, picture_grid
 
 MODULATED = {"temb": ("norm1.linear",)}
+IDLE = ("norm1_context", "norm2_context", "ff_context")
 TEXT_FIRST, TOKENS_FIRST = ("text", "tokens"), ("tokens", "text")
-double = Stack("transformer_blocks", ("attn",), text="encoder_hidden_states", returns=TEXT_FIRST, example=MODULATED)
-cog = dataclasses.replace(double, mixers=("attn1",), returns=TOKENS_FIRST, positions=("image_rotary_emb",))
+double = Stack("transformer_blocks", ("attn",), IDLE, text="encoder_hidden_states", returns=TEXT_FIRST, example=MODULATED)
+cog = dataclasses.replace(double, mixers=("attn1",), idle=(), returns=TOKENS_FIRST, positions=("image_rotary_emb",))
 
 
 def qwen_grid(config: Any, given: Given) -> Grid:
@@ -47,6 +48,7 @@ FAMILIES = (
         (
             dataclasses.replace(
                 double,
+                idle=("txt_mod", "txt_norm1", "txt_norm2", "txt_mlp"),
                 per_token=("modulate_index",),
                 positions=("image_rotary_emb",),
                 example={"temb": ("img_mod.1",)},
@@ -67,7 +69,7 @@ FAMILIES = (
     Family("CogVideoXTransformer3DModel", (cog,), cogvideox_grid, batched_guidance=UNCONDITIONAL_FIRST),
     Family(
         "MochiTransformer3DModel",
-        (dataclasses.replace(cog, positions=()),),
+        (dataclasses.replace(cog, idle=IDLE, positions=()),),
         mochi_grid,
         batched_guidance=UNCONDITIONAL_FIRST,
         stale_only="its attention takes every picture of the batch by itself and reads the length of its text from the device",

@@ -14,13 +14,14 @@ from dit_accel.rows import Family, Given, Grid, Stack, ids_grid
 double = Stack(
     "transformer_blocks",
     ("attn",),
+    ("norm1_context", "norm2_context", "ff_context"),
     text="encoder_hidden_states",
     returns=("text", "tokens"),
     positions=("image_rotary_emb",),
     example={"temb": ("norm1.linear",)},
 )
-single = dataclasses.replace(double, blocks="single_transformer_blocks", example={"temb": ("norm.linear",)})
-video: dict[str, Any] = dict(returns=("tokens", "text"), text_last=True)
+single = dataclasses.replace(double, blocks="single_transformer_blocks", idle=(), example={"temb": ("norm.linear",)})
+video: dict[str, Any] = dict(idle=(), returns=("tokens", "text"), text_last=True)
 
 
 def hunyuan_grid(config: Any, given: Given) -> Grid:

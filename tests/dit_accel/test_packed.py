@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.families.table import lookup
@@ -289,6 +290,39 @@ def test_an_index_may_depend_on_the_tokens() -> None:
     assert seen[0].shape == (tiny.BATCH, bench.tokens, 32)
     drift = (seen[0] - memory.features["entered"][0]).norm(dim=-1).mean(0)
     assert torch.equal(chosen, bench.partial(memory, 0.5, drift.topk(9).indices.sort().values))
+
+
+@pytest.mark.parametrize(("name", "module"), [("flux", "norm1_context.linear"), ("sd3", "ff_context"), ("qwen", "txt_mod.1")])
+def test_text_is_not_computed_while_attention_is_reused(name: str, module: str) -> None:
+    bench, memory, calls = Bench(name), Memory(), []
+    bench.full(memory, 0.7)
+    bench.model.transformer_blocks[0].get_submodule(module).register_forward_hook(lambda *args: calls.append(args))
+    bench.partial(memory, 0.6, bench.some())
+    assert not calls
+    bench.partial(memory, 0.6, torch.arange(bench.tokens))
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "whole"), [("flux", "reuse", True), ("pixart", "fresh", True), ("flux", "fresh", False)]
+)
+def test_compiled(name: str, attention: str, whole: bool) -> None:
+    """A run compiles nothing that the runs before it have compiled; the graph is whole but for FLUX's fresh attention."""
+    bench, memory, counter = Bench(name, attention, attach=False), Memory(), CompileCounter()
+    bench.packed.attach()
+    eager = Memory()
+    torch._dynamo.reset()
+    compiled, frames = torch.compile(bench.model, backend=counter, fullgraph=whole), []
+    for _ in range(3):
+        for time in (0.9, 0.8, 0.7, 0.6):
+            bench.full(eager, time)
+            with bench.packed.full(memory, bench.tokens, time):
+                tiny.output(compiled, bench.inputs(time))
+        with bench.packed.partial(memory, bench.some(), [1.5, -0.5]):
+            assert close(tiny.output(compiled, bench.inputs(0.5)), bench.partial(eager, 0.5, bench.some(), [1.5, -0.5]))
+        frames.append(counter.frame_count)
+        eager.times, memory.times = [2.0] * len(eager.times), [2.0] * len(memory.times)  # of another run
+    assert frames[2] == frames[1]
 
 
 def test_a_second_output_at_the_same_time_replaces_the_first() -> None:
