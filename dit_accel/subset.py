@@ -43,14 +43,14 @@ def subset_check(transformer: Any, family: Family) -> None:
         for _, mixer in inside:
             hook_forward(mixer, _Through(site.stack.text))
         try:
-            _check(site, block, {id(part) for _, mixer in inside for part in mixer.modules()})
+            _check(site, block, transformer.dtype, {id(part) for _, mixer in inside for part in mixer.modules()})
         finally:
             for _, mixer in inside:
                 unhook_forward(mixer)
 
 
-def _check(site: Site, block: Any, known: set[int]) -> None:
-    prefix, given = f"{site.stack.blocks}.0", _example(site, block)
+def _check(site: Site, block: Any, dtype: torch.dtype, known: set[int]) -> None:
+    prefix, given = f"{site.stack.blocks}.0", _example(site, block, dtype)
     tokens = given[site.stack.tokens]
     rows = torch.arange(0, TOKENS, STRIDE, device=tokens.device)
     trace: list[tuple[str, Any]] = []
@@ -89,13 +89,12 @@ def _refusal(name: str) -> str:
     )
 
 
-def _example(site: Site, block: Any) -> dict[str, Any]:
+def _example(site: Site, block: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Small random arguments of a block, in its own widths, type and device; None for what only mixers look at."""
     stack = site.stack
-    weight = next((p for p in block.parameters() if p.is_floating_point() and p.element_size() > 1), torch.empty(0))
     hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]  # of offloading
     devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
-    device = devices[0] if devices else weight.device
+    device = devices[0] if devices else next(block.parameters()).device
     generator = torch.Generator().manual_seed(0)
     linear = next(part for part in parts(block, stack.mixers)[0][1].modules() if hasattr(part, "in_features"))
     width = int(linear.in_features)
@@ -104,7 +103,7 @@ def _example(site: Site, block: Any) -> dict[str, Any]:
         if not shape:
             return torch.zeros(1, dtype=torch.long, device=device)
         sizes = [block.get_submodule(s).in_features if isinstance(s, str) else -s * width if s < 0 else s for s in shape]
-        return torch.randn(1, *sizes, generator=generator).to(device, weight.dtype)
+        return torch.randn(1, *sizes, generator=generator).to(device, dtype)
 
     parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
     given: dict[str, Any] = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}

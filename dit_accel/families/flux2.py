@@ -28,10 +28,10 @@ def parallel(
         finally:
             handle.remove()
     hidden, projection = kwargs["hidden_states"], attn.to_qkv_mlp_proj
-    if type(projection) is torch.nn.Linear:
+    if type(projection) is torch.nn.Linear and "forward" not in vars(projection):
         bias = projection.bias if projection.bias is None else projection.bias[3 * inner :]
         mlp = F.linear(hidden, projection.weight[3 * inner :], bias)
-    else:  # quantized, or with a LoRA: its weight is not all that it computes
+    else:  # quantized, with a LoRA, cast or offloaded: its weight is not all that it computes
         mlp = projection(hidden)[..., 3 * inner :]
     return attn.to_out(torch.cat([attention, attn.mlp_act_fn(mlp)], dim=-1))
 

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from typing import Any
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -407,6 +408,72 @@ def test_fresh_attention_needs_pytorchs_own() -> None:
         block.attn1.set_processor(diffusers.models.attention_processor.AttnProcessor())
     with pytest.raises(RuntimeError, match="scaled_dot_product_attention"):
         bench.full(Memory(), 0.7)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "pixart", "wan"])
+def test_offloading_before_or_after(name: str) -> None:
+    def run(bench: Bench) -> torch.Tensor:
+        memory = Memory()
+        bench.full(memory, 0.7)
+        return bench.partial(memory, 0.5, bench.some())
+
+    expected, stock = run(Bench(name)), Bench(name, attach=False).stock(0.7)
+    for before in (True, False):
+        bench = Bench(name, attach=False)
+        for attach in (False, True) if before else (True, False):
+            if attach:
+                subset_check(bench.model, bench.family)
+                bench.packed.attach()
+            else:
+                accelerate.cpu_offload(bench.model, execution_device="cpu")
+        assert torch.equal(run(bench), expected)
+        bench.packed.detach()
+        assert torch.equal(bench.stock(0.7), stock)
+        assert all(p.is_meta for p in bench.model.parameters())  # offloading is still there
+
+
+def test_layerwise_casting() -> None:
+    bench = Bench("flux2", attach=False)
+    bench.model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    stock, memory = bench.stock(0.7), Memory()
+    subset_check(bench.model, bench.family)
+    bench.packed.attach()
+    assert torch.equal(bench.full(memory, 0.7), stock)
+    assert bench.partial(memory, 0.5, bench.some()).isfinite().all()
+    assert torch.equal(bench.partial(memory, 0.7, torch.arange(bench.tokens)), stock)
+
+
+def test_kernels_of_flux_dev() -> None:
+    """A partial step of a tenth of 4,096 tokens launches at most a thousand kernels; a stock step launches 4,479."""
+
+    class Kernels(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+            made = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.numel()]
+            self.count += bool(made) and not view and not func.__name__.startswith(("empty", "detach"))
+            return output
+
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(guidance_embeds=True).eval()
+        given = dict(
+            hidden_states=torch.empty(1, 4096, 64),
+            encoder_hidden_states=torch.empty(1, 512, 4096),
+            pooled_projections=torch.empty(1, 768),
+            timestep=torch.empty(1),
+            guidance=torch.empty(1),
+            img_ids=torch.empty(4096, 3),
+            txt_ids=torch.empty(512, 3),
+        )
+        packed, memory = Packed(model, lookup(model)), Memory()
+        packed.attach()
+        with packed.full(memory, 4096, 0.7):
+            tiny.output(model, given)
+        with Kernels() as kernels, packed.partial(memory, torch.empty(410, dtype=torch.long), [1.0]):
+            tiny.output(model, given)
+    assert kernels.count <= 1000
 
 
 def test_hooks_of_others_survive() -> None:
