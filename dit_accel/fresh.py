@@ -42,6 +42,12 @@ class Attention(TorchFunctionMode):
             )
 
 
+def remembered(given: Given) -> tuple[Any, ...]:
+    """Keys, values and a mask of keys, [B, 1, 1, N]; one of queries too, [B, 1, N, N], is made anew in every block."""
+    mask = given.get("attn_mask")
+    return given["key"], given["value"], None if mask is None or mask.shape[-2] > 1 else mask
+
+
 def refresh(given: Given, kept: tuple[Any, ...], rows: torch.Tensor) -> None:
     """Let the selected queries, [B, heads, k, D], see the kept keys and values, in which these rows are now refreshed."""
     if given["key"] is kept[0]:
@@ -49,8 +55,11 @@ def refresh(given: Given, kept: tuple[Any, ...], rows: torch.Tensor) -> None:
     for name, value in zip(("key", "value"), kept[:2], strict=True):
         put(value.transpose(1, 2), rows, given[name].transpose(1, 2))
         given[name] = value
-    if (mask := kept[2]) is not None:
-        given["attn_mask"] = mask if mask.shape[-2] == 1 else take(mask.transpose(1, 2), rows).transpose(1, 2)
+    if (mask := given.get("attn_mask")) is not None:
+        whole = mask.shape[-2:] == (kept[0].shape[-2],) * 2
+        if not whole and kept[2] is None:
+            raise ValueError("Attention has a mask of the selected queries alone; set attention='reuse'.")
+        given["attn_mask"] = take(mask.transpose(1, 2), rows).transpose(1, 2) if whole else kept[2]
 
 
 class PerPicture(list[Any]):

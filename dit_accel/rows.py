@@ -33,6 +33,7 @@ class Stack:
         text_last: whether text follows the image in joint sequences, also inside joint attention.
         per_token: arguments that hold a row for every token, [B, N, ...], at least in some pipelines.
         positions: arguments that hold rotary tables with a row for every token; only fresh attention needs them.
+        masks: arguments that are costly to prepare for mixers, and so left out while attention is reused.
         refused: arguments that change the order of tokens or who sees whom, and so must be None.
         fused: carries out a mixer that computes more than attention. `fused(mixer, forward, args, kwargs, None)` returns the
             mixer's output and what to remember, [B, N, C]; given the selected rows of that, it returns the output alone.
@@ -50,6 +51,7 @@ class Stack:
     text_last: bool = False
     per_token: tuple[str, ...] = ()
     positions: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     fused: Fused | None = None
     example: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)

@@ -95,8 +95,7 @@ class Full:
     def mix(self, hook: Any, mixer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fused = hook.stack.fused
         if self.attention == "fresh":
-            names = fresh.ARGUMENTS[1:4]
-            with fresh.Attention(hook.name, lambda given: self.memory.keep(hook.key, *(given.get(name) for name in names))):
+            with fresh.Attention(hook.name, lambda given: self.memory.keep(hook.key, *fresh.remembered(given))):
                 return forward(*args, **kwargs)
         output, kept = (forward(*args, **kwargs),) * 2 if fused is None else fused(mixer, forward, args, kwargs, None)
         self.memory.keep(hook.key, *(kept if isinstance(kept, tuple) else (kept,)))
@@ -169,8 +168,8 @@ class Partial:
             value = given.get(name)
             if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == tokens.shape[1] > 1:
                 given[name] = take(value, self.rows(tokens.shape[1]))
-        for name in stack.positions if self.attention == "fresh" else ():
-            given[name] = self._positions(given.get(name))
+        for name in stack.positions if self.attention == "fresh" else stack.masks:
+            given[name] = self._positions(given.get(name)) if self.attention == "fresh" else None
         return (), given
 
     def _positions(self, table: Any) -> Any:

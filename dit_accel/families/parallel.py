@@ -37,8 +37,10 @@ FAMILIES = (
     Family(
         "ChromaTransformer2DModel",
         (
-            dataclasses.replace(double, example={"temb": (12, -1)}),
-            dataclasses.replace(single, text=None, returns=("tokens",), joint=True, example={"temb": (3, -1)}),
+            dataclasses.replace(double, masks=("attention_mask",), example={"temb": (12, -1)}),
+            dataclasses.replace(
+                single, text=None, returns=("tokens",), joint=True, masks=("attention_mask",), example={"temb": (3, -1)}
+            ),
         ),
         ids_grid("img_ids"),
     ),

@@ -277,6 +277,37 @@ def test_residuals_of_a_controlnet_are_added(name: str, attention: str) -> None:
     assert close(bench.image(bench.rows)[:, index], rows[:, index])
 
 
+@pytest.mark.parametrize("per_picture", [False, True])
+@pytest.mark.parametrize(
+    ("name", "mask", "length"),
+    [("chroma", "attention_mask", tiny.TEXT + tiny.N), ("qwen", "encoder_hidden_states_mask", tiny.TEXT)]
+    + [
+        ("hunyuan", "encoder_attention_mask", tiny.TEXT),
+        ("prx", "attention_mask", tiny.TEXT),
+        ("krea2", "encoder_attention_mask", tiny.TEXT),
+    ],
+)
+def test_fresh_attention_under_a_mask(name: str, mask: str, length: int, per_picture: bool) -> None:
+    bench, memory = Bench(name, "fresh"), Memory()
+    seen = torch.ones(tiny.BATCH, length, dtype=torch.bool)
+    seen[0, tiny.TEXT - 2 : tiny.TEXT] = False
+    given = {**bench.inputs(0.7), mask: seen}
+    assert not torch.equal(tiny.output(bench.model, given), bench.stock(0.7))
+    stock = tiny.output(bench.model, given)
+    expected = bench.image(bench.rows)
+    with bench.packed.full(memory, bench.tokens, 0.7):
+        assert torch.equal(tiny.output(bench.model, given), stock)
+    index = torch.stack([bench.some(seed) for seed in range(tiny.BATCH)])
+    with bench.packed.partial(memory, index if per_picture else index[0], [0.0]):
+        tiny.output(bench.model, given)
+    found = bench.image(bench.rows)
+    for picture in range(tiny.BATCH):
+        rows = index[picture if per_picture else 0]
+        assert close(found[picture, rows], expected[picture, rows])
+    with bench.packed.partial(memory, torch.arange(bench.tokens), [1.0]):
+        assert close(tiny.output(bench.model, given), stock)
+
+
 def test_an_index_may_depend_on_the_tokens() -> None:
     bench, memory = Bench("flux"), Memory()
     bench.full(memory, 0.7)
