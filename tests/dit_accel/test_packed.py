@@ -363,6 +363,16 @@ def test_compiled(name: str, attention: str, whole: bool) -> None:
     assert frames[2] == frames[1]
 
 
+def test_inference_mode_now_and_then() -> None:
+    """What was remembered in inference mode cannot be written to outside of it, and so is forgotten."""
+    bench, memory = Bench("flux"), Memory()
+    with torch.inference_mode():
+        bench.full(memory, 0.7)
+        inside = bench.partial(memory, 0.5, bench.some())
+    bench.full(memory, 0.7)
+    assert torch.equal(bench.partial(memory, 0.5, bench.some()), inside)
+
+
 def test_a_second_output_at_the_same_time_replaces_the_first() -> None:
     bench, memory = Bench("pixart"), Memory()
     for time in (0.9, 0.8, 0.7, 0.6, 0.6):
