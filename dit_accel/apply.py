@@ -25,6 +25,17 @@ class _Applied:
     engine: Any
     detach: Callable[[], None]
 
+    def put_on(self, transformer: Any) -> None:
+        transformer._dit_accel, transformer.__reduce_ex__ = self, _refuse_copies
+
+    def take_off(self, transformer: Any) -> None:
+        self.detach()
+        del transformer._dit_accel, transformer.__reduce_ex__
+
+
+def _refuse_copies(protocol: int) -> Any:
+    raise TypeError("A transformer cannot be copied or pickled while dit_accel is applied; call dit_accel.remove first.")
+
 
 def transformers_of(model: Any) -> list[Any]:
     """The transformers of a pipeline (Wan 2.2 has two), or the model itself if it is one.
@@ -35,10 +46,16 @@ def transformers_of(model: Any) -> list[Any]:
     found = (
         [model] if isinstance(model, torch.nn.Module) else [getattr(model, name, None) for name in ("transformer", "transformer_2")]
     )
-    found = [getattr(one, "_orig_mod", one) for one in found if one is not None]  # of torch.compile
+    found = [_bare(one) for one in found if one is not None]
     if not found or not all(isinstance(one, torch.nn.Module) for one in found):
         raise TypeError(f"{type(model).__name__} has no transformer; give a pipeline of diffusers that has one, or a transformer.")
     return found
+
+
+def _bare(model: Any) -> Any:
+    """Without the wrappers of torch.compile and of peft."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def transformer_of(model: Any) -> Any:
@@ -112,8 +129,9 @@ def _attach_output_cache(model: Any, config: OutputCacheConfig) -> None:
         hook.refuse_other_caches(transformer)
     remove(model)
     for transformer in found:
-        engine = model_scope.attach(transformer, config, None if isinstance(model, torch.nn.Module) else model)
-        transformer._dit_accel = _Applied(engine, functools.partial(model_scope.detach, transformer, engine))
+        engine = model_scope.OutputCache(config)
+        hook.attach(transformer, engine, None if isinstance(model, torch.nn.Module) else model)
+        _Applied(engine, functools.partial(hook.unregister, transformer, hook.HOOK)).put_on(transformer)
 
 
 def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> dict[str, Any]:
@@ -131,7 +149,7 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> dic
             "choose another one."
         )
     remove(model)
-    run = Run(cache, merge, record, processors_only)
+    run = Run(cache, merge, record, processors_only, family)
     try:
         processors = dict(family.attach(transformer, run, processors_only))
         if cache.text_tokens != "select" and not any(site.stream in ("text", "joint") for site in run.sites):
@@ -139,14 +157,14 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> dic
     except (TypeError, ValueError):
         family.detach(transformer)
         raise
-    handle = hook.listen(transformer, run, family, None if model is transformer else model)
+    hook.attach(transformer, run, None if isinstance(model, torch.nn.Module) else model)
 
     def detach() -> None:
         run.end()
-        hook.stop(transformer, handle)
+        hook.unregister(transformer, hook.HOOK)
         family.detach(transformer)
 
-    transformer._dit_accel = _Applied(run, detach)
+    _Applied(run, detach).put_on(transformer)
     return processors
 
 
@@ -159,5 +177,4 @@ def remove(model: Any) -> None:
     for transformer in transformers_of(model):
         applied = vars(transformer).get("_dit_accel")
         if applied is not None:
-            applied.detach()
-            del transformer._dit_accel
+            applied.take_off(transformer)

@@ -16,7 +16,9 @@ import torch
 
 # How transformers are told the time that their scheduler calls t.
 ARGUMENTS: tuple[Callable[[float], float], ...] = (lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000)
+AGAIN = "the transformer was called again at the same timestep with the same text"
 ROSE = "the time rose"
+ANEW = "the scheduler was set anew"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class _Branch:
     text: _Text
     step: int  # of its last call
     time: float
+    again: bool = False  # whether it was called more than once at that time
 
 
 @dataclass
@@ -98,7 +101,7 @@ class Clock:
         scheduler: gives the pipeline's scheduler, or None where there is no pipeline.
 
     Attributes:
-        why: why the last call began a run though another one was under way, in words; empty where it did not.
+        why: why the last run began in the midst of another one, in words; empty where it was to be expected.
     """
 
     scheduler: Callable[[], Any] = lambda: None
@@ -135,8 +138,9 @@ class Clock:
             self._driven, index, time = False, None, _number(call.timestep)
         if index is None and self._running and not why:
             why = self._against(time, branch)
+        again = why == AGAIN and time == self._time
         if begins := bool(why) or not self._running:
-            self.why, self._branches, branch = why, [], None
+            self.why, self._branches, branch = why if why != ANEW else "", [], None
             self._running, self._signature, self._start = True, signature, index or 0
             self._step = self._direction = 0
         elif index is not None:
@@ -148,7 +152,7 @@ class Clock:
         if branch is None:
             branch = _Branch(name, text, self._step, time)
             self._branches.append(branch)
-        branch.text, branch.step, branch.time = text, self._step, time
+        branch.text, branch.step, branch.time, branch.again = text, self._step, time, again
         times = self._times[self._start :] if index is not None else ()
         return Moment(begins, fresh, self._branches.index(branch), self._step, time, len(times) or None, times)
 
@@ -160,7 +164,7 @@ class Clock:
             return None, ""
         if timesteps is not self._timesteps:
             self._timesteps, self._times, self._driven = timesteps, tuple(map(float, timesteps.tolist())), True
-            why = "the scheduler was set anew"
+            why = ANEW
         if not self._driven:
             return None, why
         index = getattr(call.context, "step_index", None)
@@ -200,8 +204,8 @@ class Clock:
 
     def _against(self, time: float, branch: _Branch | None) -> str:
         """Why this time cannot be that of the next step; empty if it can."""
-        if branch is not None and branch.time == time:
-            return "the transformer was called again at the same timestep with the same text"
+        if branch is not None and (branch.again or branch.time == time):
+            return AGAIN  # several pictures take turns, perhaps: which of them comes next, nobody knows
         direction = (time > self._time) - (time < self._time)
         if direction * self._direction < 0:
             return "the time turned back"

@@ -13,19 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_accel.families import family_of
 from dit_accel.plan import Record
 from dit_accel.state import Run
+from dit_accel.store import later_rows
 from dit_accel.when import Matched, Mode
-
-
-def on_meta(value: Any) -> Any:
-    """The same nest of lists, tuples and dicts with tensors without numbers; floating ones are float32, as the copy is."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty_like(value, device="meta", dtype=torch.float32 if value.is_floating_point() else value.dtype)
-    if isinstance(value, dict):
-        return {key: on_meta(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(on_meta(part) for part in value)
-    return value
-
 
 _KNOWN: dict[Any, dict[Any, int]] = {}  # counted already, by what is applied to what: a whole session asks the same few
 
@@ -57,7 +46,8 @@ class FlopCounter:
         if missing := {key: call for key, call in zip(keys, calls, strict=True) if key not in self.known}:
             with torch.device("meta"):
                 model = self.build(self.settings).eval()
-            family, run = family_of(model), Run(self.config, self.merge)
+            family = family_of(model)
+            run = Run(self.config, self.merge, family=family)
             processors = dict(family.attach(model, run, self.processors_only))
             model.set_attn_processor(processors)
             for key, call in missing.items():
@@ -107,11 +97,6 @@ class FlopCounter:
         return int(counter.get_total_flops())
 
 
-def forget_numbers(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one call of the transformer, as the counter keeps them."""
-    return {name: on_meta(value) for name, value in given.items() if name != "self"}
-
-
 class OutputFlopCounter:
     """Counts calls whose output was computed by the model's own code, or not at all.
 
@@ -146,9 +131,3 @@ class OutputFlopCounter:
                 model(**given)
             self.known[branch, rows] = int(counter.get_total_flops())
         return self.known[branch, rows]
-
-
-def later_rows(value: Any, batch: int, share: float) -> Any:
-    """The last rows of an argument that has one for every picture of a batch: the conditional half of guidance."""
-    per_picture = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == batch
-    return value[round(batch * (1 - share)) :] if per_picture else value

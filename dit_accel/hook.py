@@ -1,118 +1,174 @@
-"""Hears of every call of a transformer, of its guidance branch and of the end of a run; changes nothing.
+"""Stands before a transformer's forward: tells an engine where every call lies, and lets it answer.
 
 Not part of `apply.py`, which anybody imports: diffusers takes a second to load its hooks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import types
+import warnings
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
-from diffusers import CacheMixin
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import HookFunctionReference, StateManager
+from diffusers.hooks.hooks import StateManager
 
-from dit_accel.families import Family
-from dit_accel.flops import forget_numbers
-from dit_accel.state import Inputs, Run
+from dit_accel.clock import Call, Clock, Moment
+from dit_accel.plan import Record, Todo
 
 HOOK = "dit_accel"
 CACHES = ("_cache", "pyramid_attention_broadcast")  # how the modules of diffusers' own caches are named
+LATENTS, TIMESTEP = ("hidden_states", "x"), ("timestep", "t")  # arguments of a transformer's forward
+TEXT = ("encoder_hidden_states", "cap_feats", "class_labels")  # which tells guidance branches apart
+WASTED = 3  # runs in a row that begin in the middle of another one before a warning says so
 
 
-class ContextHook(ModelHook):  # type: ignore[misc]
-    """Hears from diffusers which guidance branch is called and when a run ends; changes nothing."""
+class Engine(Protocol):
+    """What is applied to a transformer."""
 
-    _is_stateful = True
+    calls: list[Record]
 
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = run
-        self.manager = StateManager(object)
+    def begin(self, moment: Moment, call: Call, given: dict[str, Any]) -> None:
+        """A run begins with this call, whose arguments are given by name."""
 
-    @property
-    def branch(self) -> str | None:
-        context = self.manager._context
-        return context.name if context is not None else None
+    def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
+        """How the call is answered."""
 
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.run.end()
-        return module
+    def plain(self) -> None:
+        """The next call is the model's own, and nothing is remembered of it."""
+
+    def end(self) -> None:
+        """Free what is remembered; the record stays until the next run begins."""
 
 
-class BeginCall:
-    """The transformer's pre-hook: tells the run about every call before it begins."""
+class Names(StateManager):  # type: ignore[misc]
+    """Hears from diffusers which call of a step comes next."""
 
-    def __init__(self, run: Run, hook: ContextHook, family: Family, pipeline: Any) -> None:
-        self.run, self.hook, self.family = run, hook, family
-        self.signature = inspect.signature(family.TRANSFORMER.forward)
-        self.pipeline = weakref.ref(pipeline) if pipeline is not None else lambda: None
+    current: Any = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_what_cannot_be_combined(module)
-        given = self.signature.bind_partial(module, *args, **kwargs).arguments
-        self.run.begin_call(
-            Inputs(
-                latents=given["hidden_states"],
-                text=given["encoder_hidden_states"],
-                timestep=given["timestep"],
-                name=self.hook.branch,
-                first=getattr(getattr(self.pipeline(), "scheduler", None), "step_index", 0) is None,
-                grid=functools.partial(self.family.grid, given),
-                steps=self._steps,
-                batched_guidance=self.family.BATCHED_GUIDANCE,
-                remember=functools.partial(forget_numbers, given),
-            )
-        )
-
-    def _steps(self, timestep: float) -> int | None:
-        """Steps of the run that begins at this timestep, from the pipeline's scheduler; img2img begins in the middle.
-
-        None if the scheduler has no such timestep: then the call comes from somewhere else.
-        """
-        timesteps = getattr(getattr(self.pipeline(), "scheduler", None), "timesteps", None)
-        if timesteps is None or len(timesteps) == 0:
-            return None
-        away = (timesteps.float().cpu() - timestep * self.family.TIMESTEP_SCALE).abs()
-        begin = int(away.argmin())
-        near = float(away[begin]) <= 0.01 * max(1.0, float(timesteps[begin]))  # half precision rounds timesteps
-        return len(timesteps) - begin if near else None
+    def set_context(self, context: Any) -> None:
+        super().set_context(context)
+        self.current = context
 
 
-def listen(transformer: Any, run: Run, family: Family, pipeline: Any) -> torch.utils.hooks.RemovableHandle:
-    """Tell the run about every call from now on, until `stop`.
+class EngineHook(ModelHook):  # type: ignore[misc]
+    """Hands every call of a transformer to an engine.
 
     Args:
         pipeline: whose transformer it is, if that is known.
     """
-    hook = ContextHook(run)
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    # In front and without wrapping `forward`, which offloading may wrap and unwrap meanwhile: the hook only listens.
-    registry.hooks[HOOK] = hook
-    registry._hook_order.insert(0, HOOK)
-    registry._fn_refs.insert(0, HookFunctionReference())
-    if not isinstance(transformer, CacheMixin):  # what lets a pipeline announce the end of its run
-        transformer._reset_stateful_cache = types.MethodType(CacheMixin._reset_stateful_cache, transformer)
-    begin = BeginCall(run, hook, family, pipeline)
-    handle: torch.utils.hooks.RemovableHandle = transformer.register_forward_pre_hook(begin, with_kwargs=True)
-    return handle
+
+    _is_stateful = True
+
+    def __init__(self, engine: Engine, pipeline: Any = None) -> None:
+        super().__init__()
+        self.engine = engine
+        known = weakref.ref(pipeline) if pipeline is not None else lambda: None
+        self.clock = Clock(lambda: getattr(known(), "scheduler", None))
+        self.names = Names(object)
+        self.wasted, self.told = 0, False
+
+    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.signature = inspect.signature(type(module).forward)
+        return module
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.engine.end()
+        self.clock.end()
+        return module
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("A transformer cannot be copied or pickled while dit_accel is applied; call dit_accel.remove first.")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def decide(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Todo:
+        """What to do with a call of the module's forward."""
+        refuse_what_cannot_be_combined(module)
+        if torch.is_grad_enabled():  # gradient checkpointing repeats calls, which would advance the state twice
+            self.engine.plain()
+            return Todo()
+        given = self.signature.bind_partial(module, *args, **kwargs).arguments
+        latents, text, timestep = (_first(given, names) for names in (LATENTS, TEXT, TIMESTEP))
+        call = Call(latents, text, timestep, self.names.current)
+        moment = self.clock.tick(call)
+        if moment.begins:
+            self._warn()
+            self.engine.begin(moment, call, given)
+        todo = self.engine.answer(moment, call, given)
+        self.wasted = 0 if self.engine.calls[-1].saves else self.wasted
+        return todo
+
+    def _warn(self) -> None:
+        self.wasted = self.wasted + 1 if self.clock.why else 0
+        if self.wasted >= WASTED and not self.told:
+            self.told = True
+            warnings.warn(
+                f"dit_accel saves nothing here: {self.clock.why}, so every call began a run. Give each series of calls its own "
+                "name with transformer.cache_context(name), or call the pipeline that dit_accel.apply was given.",
+                stacklevel=2,
+            )
 
 
-def stop(transformer: Any, handle: torch.utils.hooks.RemovableHandle) -> None:
-    """The inverse of `listen`, whose result is the handle."""
-    handle.remove()
-    registry = transformer._diffusers_hook
-    del registry.hooks[HOOK], registry._fn_refs[registry._hook_order.index(HOOK)]
-    registry._hook_order.remove(HOOK)
-    if not registry.hooks:
-        del transformer._diffusers_hook
-    if not isinstance(transformer, CacheMixin):
-        del transformer._reset_stateful_cache
+def _first(given: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((given[name] for name in names if given.get(name) is not None), None)
+
+
+def attach(transformer: Any, engine: Engine, pipeline: Any) -> None:
+    """Let an engine answer the calls of a transformer until `unregister(transformer, HOOK)`."""
+    hook = EngineHook(engine, pipeline)
+    with _without_offloading(transformer):
+        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, HOOK)
+        stock = transformer.forward
+
+        # Not the hook's own `new_forward`, whose wrapper torch.compile would have to see through: it compiles the stock forward
+        # alone. When the hook is removed, whatever lies on top is linked to the forward beneath it, and this here is gone.
+        @functools.wraps(stock)
+        @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            todo = hook.decide(transformer, args, kwargs)
+            if todo.done:
+                return todo.output
+            if todo.change is not None:
+                args, kwargs = todo.change((args, kwargs))
+            output = stock(*args, **kwargs)
+            return output if todo.then is None else todo.then(output)
+
+        transformer.forward = forward
+
+
+def register(module: Any, hook: Any, name: str) -> None:
+    """Put a hook of diffusers around a module's forward."""
+    with _without_offloading(module):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+
+
+def unregister(module: Any, name: str) -> None:
+    """The inverse of `register`; nothing of it stays."""
+    with _without_offloading(module):
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        registry.remove_hook(name, recurse=False)
+        if not registry.hooks:
+            del module._diffusers_hook
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward  # the class has it
+
+
+@contextlib.contextmanager
+def _without_offloading(module: Any) -> Iterator[None]:
+    """Accelerate's hook is lifted meanwhile, so that ours lies beneath it: pipelines take it off and on again after every call."""
+    offloading = getattr(module, "_hf_hook", None)
+    if offloading is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    yield
+    add_hook_to_module(module, offloading)
 
 
 def refuse_other_caches(transformer: Any) -> None:
@@ -126,6 +182,8 @@ def refuse_other_caches(transformer: Any) -> None:
 
 def refuse_what_cannot_be_combined(transformer: Any) -> None:
     if getattr(transformer, "is_cache_enabled", False):
-        raise RuntimeError("A cache of diffusers is enabled on this transformer; call transformer.disable_cache() first.")
+        raise RuntimeError(
+            "A cache of diffusers is enabled on this transformer; call transformer.disable_cache() first, or dit_accel.remove."
+        )
     if getattr(transformer, "_parallel_config", None) is not None:
         raise RuntimeError("Context parallelism splits the tokens over devices, so they cannot be selected; disable it first.")

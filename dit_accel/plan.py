@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from dit_accel import how, when
 from dit_accel.clock import Moment
 from dit_accel.config import OutputCacheConfig, each
 from dit_accel.when import Mode
+
+
+@dataclass(frozen=True)
+class Todo:
+    """How a call is answered: with an output, or by the model's own forward.
+
+    Attributes:
+        done: whether `output` is the answer.
+        change: made of the arguments that the forward is called with; None leaves them.
+        then: makes the answer of what the forward returns; None leaves it.
+    """
+
+    done: bool = False
+    output: Any = None
+    change: Callable[[Any], Any] | None = None
+    then: Callable[[Any], Any] | None = None
 
 
 @dataclass
@@ -68,6 +86,11 @@ class Record:
     merged: int = 0
     matched: tuple[when.Matched, ...] = ()
     cache_bytes: int = 0
+
+    @property
+    def saves(self) -> bool:
+        """Whether it computed less than the model's own code."""
+        return self.mode is Mode.PARTIAL or self.rows < 1 or self.merged > 0
 
     @property
     def tokens_computed(self) -> int:

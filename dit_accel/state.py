@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from dit_accel import fill, merging, when
+from dit_accel.clock import Call, Moment
 from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.merge_site import MergeSite, Shared
-from dit_accel.plan import Record
+from dit_accel.plan import Record, Todo
 from dit_accel.site import Memory, Site, choose_together
+from dit_accel.store import forget_numbers
 from dit_accel.when import Matched, Mode
 
 
@@ -21,7 +23,6 @@ class Branch:
     """One guidance branch: the conditional call, say. Told apart by the name the pipeline gives or by its text."""
 
     number: int  # in the order in which the run met them
-    text: torch.Tensor
     memories: list[Memory]
     generator: torch.Generator  # of selections
     destinations: torch.Generator  # of merging
@@ -29,35 +30,9 @@ class Branch:
     step: int = 0
     full_step: int = 0  # the last
     next_full_step: int = 0
-    timestep: float = float("inf")
 
     def bytes(self) -> int:
         return sum(memory.bytes() for memory in self.memories) + sum(shared.bytes() for shared in self.shared.values())
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the transformer's pre-hook has seen of one call.
-
-    Attributes:
-        latents: any shape; text: [B, T, C]; timestep: any shape, its first element counts.
-        name: the guidance branch's name if the pipeline gives one.
-        grid: height and width of the image in tokens, asked when a run begins.
-        first: whether the pipeline's scheduler is at its first step; False if nobody knows.
-        steps: number of steps of the run, given its first timestep; asked when a run begins; None if nobody knows.
-        batched_guidance: whether this family's pipelines put both halves of guidance into one batch.
-        remember: all arguments of the call, without the numbers; asked when a branch begins.
-    """
-
-    latents: torch.Tensor
-    text: torch.Tensor
-    timestep: torch.Tensor
-    name: str | None
-    first: bool
-    grid: Callable[[], tuple[int, int]]
-    steps: Callable[[float], int | None]
-    batched_guidance: bool
-    remember: Callable[[], dict[str, Any]]
 
 
 @dataclass
@@ -68,17 +43,14 @@ class Run:
     merge: TokenMergeConfig | None = None
     record: bool = False
     processors_only: bool = False
+    family: Any = None
     sites: list[Site] = field(default_factory=list)
     merge_sites: list[MergeSite] = field(default_factory=list)
     attached: list[tuple[Any, Any, tuple[Site | MergeSite, ...]]] = field(default_factory=list)  # attention, processor, its sites
-    branches: dict[Any, Branch] = field(default_factory=dict)
+    branches: dict[int, Branch] = field(default_factory=dict)
     calls: list[Record] = field(default_factory=list)
     inputs: dict[int, dict[str, Any]] = field(default_factory=dict)  # of every branch, on the meta device
     selections: list[tuple[int, str, int, torch.Tensor]] = field(default_factory=list)  # call, stream, layer, index [1 or B, k]
-    signature: tuple[Any, ...] = ()
-    first: float = 0.0
-    last: float = float("inf")
-    fresh: bool = True
     steps: int | None = None
     grid: tuple[int, int] = (1, 1)
     merged: int = 0  # image tokens merged into others where something is merged
@@ -98,59 +70,54 @@ class Run:
         self.merge_sites.append(MergeSite(self.merge or TokenMergeConfig(ratio=0), len(self.merge_sites)))
         return self.merge_sites[-1]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("A transformer cannot be copied or pickled while dit_accel is applied; call dit_accel.remove first.")
-
     def end(self) -> None:
         """Free the features; the record stays until the next run begins."""
         self.collect()
-        self.branches, self.fresh = {}, True
+        self.branches = {}
         for site in self.sites:
             site.release()
         for merge_site in self.merge_sites:
             merge_site.release()
 
-    def begin_call(self, inputs: Inputs) -> None:
-        """Decide what this call computes and point every site at its branch's memory.
+    def plain(self) -> None:
+        for site in self.sites:
+            site.mode = Mode.PLAIN
+        self._merge_nothing()
 
-        A new run starts when time goes up, when a branch is back at the first step by the pipeline's scheduler or at the first
-        timestep (not in half precision, whose first timesteps can coincide), when the latents' shape, dtype or device or a
-        named branch's text changes, or after `end`. So an interrupted run leaves nothing behind.
-        """
-        if torch.is_grad_enabled():  # gradient checkpointing repeats calls, which would advance the state twice
-            for site in self.sites:
-                site.mode = Mode.PLAIN
-            self._merge_nothing()
-            return
-        timestep, text, latents = inputs.timestep, inputs.text, inputs.latents
-        time = float(timestep.reshape(-1)[0]) if not timestep.is_meta else float("nan")
-        signature = (latents.shape, latents.dtype, latents.device)
-        key, branch = self._find(text, time, inputs.name)
-        exact = timestep.dtype not in (torch.float16, torch.bfloat16)
-        known = branch is not None or (inputs.batched_guidance and bool(self.branches))
-        again = known and (inputs.first or (time == self.first and exact))
-        changed = branch is not None and not _same(branch.text, text)
+    def begin(self, moment: Moment, call: Call, given: dict[str, Any]) -> None:
+        self.end()
+        self.grid, self.steps = self.family.grid(given), self.config.steps or moment.steps
+        if self.merge is not None:
+            tokens, (right, down) = self.grid[0] * self.grid[1], self.merge.stride
+            self.merged = merging.merged_away(tokens, self.grid, (down, right), self.merge.ratio)
+        self.calls, self.inputs, self.selections = [], {}, []
+        share = self.family.BATCHED_GUIDANCE and len(call.latents) % 2 == 0 and not call.latents.is_meta
+        self.halves = share and bool(torch.equal(*call.latents.chunk(2)))  # the first call reads from the device, no other does
+
+    def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
         self.collect()
-        if self.fresh or signature != self.signature or time > self.last or again or changed:
-            self.end()
-            self.grid, self.steps = inputs.grid(), self.config.steps or inputs.steps(time)
-            if self.merge is not None:
-                tokens, (right, down) = self.grid[0] * self.grid[1], self.merge.stride
-                self.merged = merging.merged_away(tokens, self.grid, (down, right), self.merge.ratio)
-            self.calls, self.inputs, self.selections, self.fresh, branch = [], {}, [], False, None
-            self.signature, self.first = signature, time
-            half = len(latents) // 2
-            share = inputs.batched_guidance and len(latents) % 2 == 0
-            self.halves = share and not latents.is_meta and bool(torch.equal(latents[:half], latents[half:]))
-        if branch is None:
-            self.inputs[len(self.branches)] = inputs.remember()
+        if moment.fresh:
+            self.inputs[moment.branch] = forget_numbers(given)
             selections = torch.Generator().manual_seed(self.config.seed)
             destinations = torch.Generator().manual_seed(self.merge.seed if self.merge else 0)
             memories = [Memory() for _ in self.sites]
-            branch = self.branches[key] = Branch(len(self.branches), text, memories, selections, destinations)
-        self.last = branch.timestep = time
-        self._bind(branch, text.shape[1], latents.device)
-        branch.step += 1
+            self.branches[moment.branch] = Branch(moment.branch, memories, selections, destinations, step=moment.step)
+        branch = self.branches[moment.branch]
+        branch.step = moment.step
+        self._bind(branch, call.text.shape[1], call.latents.device)
+        last = moment.steps is not None and moment.step + 1 == moment.steps
+        return Todo(then=functools.partial(self._free, branch)) if last else Todo()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _free(self, branch: Branch, output: Any) -> Any:
+        """Forget what will not be reused any more."""
+        self.collect()
+        branch.memories, branch.shared = [Memory() for _ in self.sites], {}
+        for site in self.sites:
+            site.memory = Memory()
+        for merge_site in self.merge_sites:
+            merge_site.shared = Shared()
+        return output
 
     def _lost(self) -> set[int]:
         """Ids of the sites whose attention processor was replaced: perturbed-attention guidance does so for some layers."""
@@ -161,18 +128,6 @@ class Run:
                 "call dit_accel.apply again, or dit_accel.remove."
             )
         return {id(site) for sites in lost for site in sites}
-
-    def _find(self, text: torch.Tensor, time: float, name: str | None) -> tuple[Any, Branch | None]:
-        """By name; else by the very tensor of the text; else by equal text not yet seen at this time."""
-        if name is not None:
-            return name, self.branches.get(name)
-        for key, branch in self.branches.items():
-            if branch.text is text:
-                return key, branch
-        for key, branch in self.branches.items():
-            if branch.timestep != time and _same(branch.text, text):
-                return key, branch
-        return len(self.branches), None
 
     def _bind(self, branch: Branch, text_length: int, device: torch.device) -> None:
         config, step = self.config, branch.step
@@ -260,7 +215,3 @@ class Run:
             if site.selected is not None:
                 self.selections.append((len(self.calls) - 1, site.stream, site.layer, site.selected.cpu()))
                 site.selected = None
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(torch.equal(a, b)))

@@ -82,3 +82,25 @@ def size_in_bytes(leaves: list[Any]) -> int:
 
 def _alike(a: Any, b: Any) -> bool:
     return not counts(a) or (counts(b) and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device)
+
+
+def on_meta(value: Any) -> Any:
+    """The same nest of lists, tuples and dicts with tensors without numbers; floating ones are float32, as the copy is."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta", dtype=torch.float32 if value.is_floating_point() else value.dtype)
+    if isinstance(value, dict):
+        return {key: on_meta(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_meta(part) for part in value)
+    return value
+
+
+def forget_numbers(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one call of the transformer, as the counter keeps them."""
+    return {name: on_meta(value) for name, value in given.items() if name != "self"}
+
+
+def later_rows(value: Any, batch: int, share: float) -> Any:
+    """The last rows of an argument that has one for every picture of a batch: the conditional half of guidance."""
+    per_picture = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == batch
+    return value[round(batch * (1 - share)) :] if per_picture else value

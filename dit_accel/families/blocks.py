@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-import types
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.hooks import ModelHook
 from diffusers.models import attention
 
+from dit_accel import hook
 from dit_accel.merge_site import MergeSite
 from dit_accel.site import Site
 from dit_accel.when import Mode
 
 FEED_FORWARDS = ("ff", "ff_context")
+Compute = Callable[..., Any]
 
 
-def attach(block: Any, kind: type, sites: tuple[Site, ...], merging: MergeSite, name: str) -> None:
-    """Turn diffusers' block into the token-wise `kind`, a subclass of its class, in place; weights and their names stay.
+HOOK = "dit_accel_block"
+
+
+class BlockHook(ModelHook):  # type: ignore[misc]
+    """Computes a block token by token where its sites say so, and otherwise leaves it to diffusers.
+
+    Args:
+        compute: called as compute(block, sites, merging, arguments of the block's forward by name).
+        signature: of the block's own forward, whose first argument is the image tokens [B, N, C].
+    """
+
+    def __init__(self, compute: Compute, signature: tuple[str, ...], sites: tuple[Site, ...], merging: MergeSite) -> None:
+        super().__init__()
+        self.compute, self.signature, self.sites, self.merging = compute, signature, sites, merging
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.signature, args, strict=False)), **kwargs}
+        self.merging.see(given["hidden_states"])
+        if self.sites[0].mode is Mode.PLAIN and not self.merging.merges_mlp:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        return self.compute(module, self.sites, self.merging, **given)
+
+
+def attach(block: Any, kind: Any, compute: Compute, sites: tuple[Site, ...], merging: MergeSite, name: str) -> None:
+    """Let `compute` stand in for the forward of a block, whose class is `kind`.
 
     Raises:
         TypeError: if it is not diffusers' own class, or its feed-forward is not, which is known to work token by token; or if
             something unknown has replaced its forward.
     """
-    parts: list[tuple[Any, str, Any]] = [(block, name, kind.__base__)]
+    parts: list[tuple[Any, str, Any]] = [(block, name, kind)]
     parts += [(getattr(block, ff), f"{name}.{ff}", attention.FeedForward) for ff in FEED_FORWARDS if hasattr(block, ff)]
     for part, its_name, expected in parts:
         if type(part) is not expected:
@@ -30,48 +57,16 @@ def attach(block: Any, kind: type, sites: tuple[Site, ...], merging: MergeSite, 
                 f"{its_name} is a {type(part).__name__}, not diffusers' {expected.__name__}, "
                 "so it cannot be computed token by token."
             )
-    if not _become(block, kind):
+    if "forward" in vars(block) and not (hasattr(block, "_diffusers_hook") or hasattr(block, "_hf_hook")):
         raise TypeError(f"{name}.forward was replaced by something unknown. Call dit_accel.apply before that.")
-    block._dit_accel = sites, merging
-
-
-def attached(block: Any, tokens: torch.Tensor) -> tuple[tuple[Any, ...], MergeSite] | None:
-    """What `attach` was given, or None where diffusers' own forward is to do all the work.
-
-    Args:
-        block: ours.
-        tokens: the image tokens that enter it, [B, N, C], for merging to match.
-    """
-    sites, merging = vars(block).get("_dit_accel", (None, None))
-    if sites is None:
-        return None
-    merging.see(tokens)
-    return (sites, merging) if sites[0].mode is not Mode.PLAIN or merging.merges_mlp else None
+    signature = tuple(inspect.signature(kind.forward).parameters)[1:]
+    hook.register(block, BlockHook(compute, signature, sites, merging), HOOK)
 
 
 def detach(block: Any) -> None:
     """The inverse of `attach`; does nothing for other blocks."""
-    if "_dit_accel" in vars(block):
-        del block._dit_accel
-        if not _become(block, base := type(block).__base__):
-            block.__class__ = base  # something wraps the forward meanwhile, which without sites is that of the base
-
-
-def _become(block: Any, kind: Any) -> bool:
-    """Change the class, also where hooks keep the old one's forward: offloading's, of accelerate and of diffusers.
-
-    False, with nothing changed, where the instance's forward cannot be traced to its class.
-    """
-    references = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", [])
-    holders = [(block, "forward"), (block, "_old_forward")]
-    holders += [(reference, name) for reference in references for name in ("forward", "original_forward")]
-    own = [(h, name) for h, name in holders if getattr(vars(h).get(name), "__func__", None) is type(block).forward]
-    if "forward" in vars(block) and not own:
-        return False
-    block.__class__ = kind
-    for holder, name in own:
-        setattr(holder, name, types.MethodType(kind.forward, block))
-    return True
+    if HOOK in getattr(getattr(block, "_diffusers_hook", None), "hooks", {}):
+        hook.unregister(block, HOOK)
 
 
 def add_gated(site: Site, hidden: torch.Tensor, gate: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from dit_accel.families.attention import (
     unwrapped,
 )
 from dit_accel.importance import attention_received, query_stride, sample
+from dit_accel.merge_site import MergeSite
 from dit_accel.site import Site, Take
 from dit_accel.state import Run
 
@@ -29,8 +30,6 @@ TRANSFORMER = FluxTransformer2DModel
 OBSERVATIONS = frozenset({"keys", "values", "key_norms", "value_norms", "attention", "last_tokens"})
 TIMESTEP_SCALE = 1000  # scheduler timesteps per unit of the transformer's
 BATCHED_GUIDANCE = False  # FLUX pipelines call twice for true guidance
-# Not super(): a wrapper put around our forward may outlive the class on its instance. Not by the class: Dynamo fails at that.
-plain_double, plain_single = transformer_flux.FluxTransformerBlock.forward, transformer_flux.FluxSingleTransformerBlock.forward
 
 
 class FluxTokenCacheAttnProcessor(TokenCacheAttnProcessor):
@@ -171,83 +170,73 @@ class FluxTokenMergeAttnProcessor(TokenMergeAttnProcessor):
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
-class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
+def double_block(
+    block: Any,
+    sites: tuple[Site, ...],
+    merging: MergeSite,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    image_rotary_emb: Rotary | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The double block with the feed-forward of both streams, and the norms before it, computed token by token."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        image_rotary_emb: Rotary | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        attached = blocks.attached(self, hidden_states)
-        if attached is None:
-            return plain_double(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
-        (attention_site, image_site, text_site), merging = attached
-        attention = attention_site.recall(hidden_states)
-        # Of a remembered attention only the gates, shifts and scales are missing: they belong to the timestep, not to a token.
-        given = slice(None) if attention is None else slice(1)
-        image, *image_modulation = self.norm1(hidden_states[:, given], emb=temb)
-        text, *text_modulation = self.norm1_context(encoder_hidden_states[:, given], emb=temb)
-        if attention is None:
-            extra = joint_attention_kwargs or {}
-            attention = self.attn(hidden_states=image, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, **extra)
-        feed = functools.partial(merging.mlp, self.ff)
-        hidden = self._rest(image_site, hidden_states, attention[0], image_modulation, self.norm2, feed)
-        if len(attention) == 3:  # of an IP-Adapter
-            hidden = hidden + attention[2]
-        text = self._rest(text_site, encoder_hidden_states, attention[1], text_modulation, self.norm2_context, self.ff_context)
-        return text.clip(-65504, 65504) if text.dtype == torch.float16 else text, hidden
-
-    @staticmethod
-    def _rest(site: Site, hidden: torch.Tensor, attention: torch.Tensor, modulation: Any, norm: Any, ff: Any) -> torch.Tensor:
-        """One stream from its attention on."""
-        gate, shift, scale, ff_gate = (part[:, None] for part in modulation)
-        hidden = blocks.add_gated(site, hidden, gate, attention)
-        return blocks.add_gated(site, hidden, ff_gate, site(hidden, lambda tokens, take: ff(norm(tokens) * (1 + scale) + shift)))
+    attention_site, image_site, text_site = sites
+    attention = attention_site.recall(hidden_states)
+    # Of a remembered attention only the gates, shifts and scales are missing: they belong to the timestep, not to a token.
+    given = slice(None) if attention is None else slice(1)
+    image, *image_modulation = block.norm1(hidden_states[:, given], emb=temb)
+    text, *text_modulation = block.norm1_context(encoder_hidden_states[:, given], emb=temb)
+    if attention is None:
+        extra = joint_attention_kwargs or {}
+        attention = block.attn(hidden_states=image, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, **extra)
+    feed = functools.partial(merging.mlp, block.ff)
+    hidden = _rest(image_site, hidden_states, attention[0], image_modulation, block.norm2, feed)
+    if len(attention) == 3:  # of an IP-Adapter
+        hidden = hidden + attention[2]
+    text = _rest(text_site, encoder_hidden_states, attention[1], text_modulation, block.norm2_context, block.ff_context)
+    return text.clip(-65504, 65504) if text.dtype == torch.float16 else text, hidden
 
 
-class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
+def _rest(site: Site, hidden: torch.Tensor, attention: torch.Tensor, modulation: Any, norm: Any, ff: Any) -> torch.Tensor:
+    """One stream of a double block from its attention on."""
+    gate, shift, scale, ff_gate = (part[:, None] for part in modulation)
+    hidden = blocks.add_gated(site, hidden, gate, attention)
+    return blocks.add_gated(site, hidden, ff_gate, site(hidden, lambda tokens, take: ff(norm(tokens) * (1 + scale) + shift)))
+
+
+def single_block(
+    block: Any,
+    sites: tuple[Site, ...],
+    merging: MergeSite,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    image_rotary_emb: Rotary | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The single block with its norm, MLP and output projection computed token by token."""
+    attention_site, site = sites
+    text = encoder_hidden_states.shape[1]
+    hidden = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    # Once for all tokens: it belongs to the timestep.
+    shift, scale, gate = (part[:, None] for part in block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1))
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        image_rotary_emb: Rotary | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        attached = blocks.attached(self, hidden_states)
-        if attached is None:
-            return plain_single(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[no-any-return]
-        (attention_site, site), merging = attached
-        text_length = encoder_hidden_states.shape[1]
-        hidden = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        gate: torch.Tensor | None = None
+    def compute(tokens: torch.Tensor, take: Take) -> torch.Tensor:
+        normed = block.norm.norm(tokens) * (1 + scale) + shift
+        attention = attention_site.recall(tokens)
+        if attention is None:
+            attention = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+        return merging.mlp(rest, normed, take(attention), start=text)
 
-        def rest(normed: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = self.proj_out(torch.cat([attention, self.act_mlp(self.proj_mlp(normed))], dim=2))
-            return output
+    def rest(normed: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = block.proj_out(torch.cat([attention, block.act_mlp(block.proj_mlp(normed))], dim=2))
+        return output
 
-        def compute(tokens: torch.Tensor, take: Take) -> torch.Tensor:
-            nonlocal gate
-            normed, gate = self.norm(tokens, emb=temb)
-            attention = attention_site.recall(tokens)
-            if attention is None:
-                attention = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-            return merging.mlp(rest, normed, take(attention), start=text_length)
-
-        output = site(hidden, compute)
-        if gate is None:  # nothing was computed; the gate belongs to the timestep, not to a token
-            gate = self.norm(hidden[:, :1], emb=temb)[1]
-        assert gate is not None
-        hidden = blocks.add_gated(site, hidden, gate[:, None], output)
-        if hidden.dtype == torch.float16:
-            hidden = hidden.clip(-65504, 65504)
-        return hidden[:, :text_length], hidden[:, text_length:]
+    hidden = blocks.add_gated(site, hidden, gate, site(hidden, compute))
+    if hidden.dtype == torch.float16:
+        hidden = hidden.clip(-65504, 65504)
+    return hidden[:, :text], hidden[:, text:]
 
 
 def grid(given: dict[str, Any]) -> tuple[int, int]:
@@ -262,8 +251,8 @@ def grid(given: dict[str, Any]) -> tuple[int, int]:
 
 
 BLOCKS = {
-    "transformer_blocks": (FluxTransformerBlock, ("image", "text")),
-    "single_transformer_blocks": (FluxSingleTransformerBlock, ("joint",)),
+    "transformer_blocks": (transformer_flux.FluxTransformerBlock, double_block, ("image", "text")),
+    "single_transformer_blocks": (transformer_flux.FluxSingleTransformerBlock, single_block, ("joint",)),
 }
 
 
@@ -271,13 +260,13 @@ def attach(transformer: FluxTransformer2DModel, run: Run, processors_only: bool)
     if run.merge is not None and run.merge.merge_cross_attention:
         raise ValueError("FLUX has no cross-attention; leave merge_cross_attention off.")
     processors = {}
-    for name, (kind, streams) in BLOCKS.items():
+    for name, (kind, compute, streams) in BLOCKS.items():
         for layer, block in enumerate(getattr(transformer, name)):
             attention, merging = run.add(layer, "attention"), run.add_merging()
             scored: tuple[Site, ...] = ()
             if not processors_only:
                 scored = tuple(run.add(layer, stream) for stream in streams)
-                blocks.attach(block, kind, (attention, *scored), merging, f"{name}.{layer}")
+                blocks.attach(block, kind, compute, (attention, *scored), merging, f"{name}.{layer}")
             processor = block.attn.processor
             if run.merge is not None:
                 processor = FluxTokenMergeAttnProcessor(processor, merging)

@@ -23,6 +23,7 @@ from dit_accel.families.attention import (
     unwrapped,
 )
 from dit_accel.importance import attention_entropy, attention_received, query_stride, sample
+from dit_accel.merge_site import MergeSite
 from dit_accel.site import Site, Take
 from dit_accel.state import Run
 from dit_accel.when import Mode
@@ -31,7 +32,6 @@ TRANSFORMER = PixArtTransformer2DModel
 OBSERVATIONS = frozenset(which.OBSERVATIONS)
 TIMESTEP_SCALE = 1
 BATCHED_GUIDANCE = True
-plain = diffusers_attention.BasicTransformerBlock.forward  # called like this for the reasons given in families/flux.py
 
 
 class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
@@ -114,38 +114,34 @@ class PixArtTokenMergeAttnProcessor(TokenMergeAttnProcessor):
         return output if keep else site.unmerge(output)
 
 
-class BasicTransformerBlock(diffusers_attention.BasicTransformerBlock):  # type: ignore[misc]  # the name is kept: diffusers matches it
+def token_wise_block(
+    block: Any,
+    sites: tuple[Site, ...],
+    merging: MergeSite,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+    timestep: torch.Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    class_labels: Any = None,
+    added_cond_kwargs: Any = None,
+) -> torch.Tensor:
     """The block with its feed-forward, and the norm before it, computed token by token; attention's processors do the rest."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        timestep: torch.Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        attached = blocks.attached(self, hidden_states)
-        if attached is None:
-            given = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs
-            return plain(self, *given, *args, **kwargs)  # type: ignore[no-any-return]
-        ((attention_site, site), merging), extra = attached, cross_attention_kwargs or {}
-        hidden = hidden_states.contiguous()  # the patch embedding leaves it transposed, which slows every step after it
-        assert timestep is not None
-        modulation = self.scale_shift_table[None] + timestep.reshape(len(hidden), 6, -1)
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)
-        attention = attention_site.recall(hidden)
-        if attention is None:
-            attention = self.attn1(self.norm1(hidden) * (1 + scale) + shift, attention_mask=attention_mask, **extra)
-        hidden = blocks.add_gated(site, hidden, gate, attention)
-        hidden = hidden + self.attn2(
-            hidden, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **extra
-        )
-        features = site(hidden, lambda tokens, take: merging.mlp(self.ff, self.norm2(tokens) * (1 + ff_scale) + ff_shift))
-        return blocks.add_gated(site, hidden, ff_gate, features)
+    (attention_site, site), extra = sites, cross_attention_kwargs or {}
+    hidden = hidden_states.contiguous()  # the patch embedding leaves it transposed, which slows every step after it
+    assert timestep is not None
+    modulation = block.scale_shift_table[None] + timestep.reshape(len(hidden), 6, -1)
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)
+    attention = attention_site.recall(hidden)
+    if attention is None:
+        attention = block.attn1(block.norm1(hidden) * (1 + scale) + shift, attention_mask=attention_mask, **extra)
+    hidden = blocks.add_gated(site, hidden, gate, attention)
+    hidden = hidden + block.attn2(
+        hidden, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **extra
+    )
+    features = site(hidden, lambda tokens, take: merging.mlp(block.ff, block.norm2(tokens) * (1 + ff_scale) + ff_shift))
+    return blocks.add_gated(site, hidden, ff_gate, features)
 
 
 def grid(given: dict[str, Any]) -> tuple[int, int]:
@@ -162,7 +158,7 @@ def attach(transformer: PixArtTransformer2DModel, run: Run, processors_only: boo
         rest: tuple[Site, ...] = ()
         if not processors_only:
             rest = (run.add(layer, "feed-forward"),)
-            blocks.attach(block, BasicTransformerBlock, (attention, *rest), merging, name)
+            blocks.attach(block, diffusers_attention.BasicTransformerBlock, token_wise_block, (attention, *rest), merging, name)
         for part, site in (("attn1", attention), ("attn2", cross)):
             attn = getattr(block, part)
             processor = attn.processor

@@ -187,8 +187,8 @@ def composed(
     return torch.stack(images), scenes, torch.stack(labels)
 
 
-def accuracy(judge: Judge, sets: tuple[str, ...], vae: AutoencoderTiny | None = None, count: int = 1000) -> dict[str, float | int]:
-    """On scenes of 128 px that no training saw, composed of these sets; with `vae` after encoding and decoding."""
+def accuracy(judge: Judge, sets: tuple[str, ...], count: int, vae: AutoencoderTiny | None = None) -> dict[str, float | int]:
+    """On `count` scenes of 128 px that no training saw, composed of these sets; with `vae` after encoding and decoding."""
     images, scenes, _ = composed(rows_of(sets), count, (128, 128), "accuracy", 0.4)
     return shares(verdicts(judge, through(vae, images) if vae else images, scenes))
 
@@ -238,6 +238,7 @@ def main(
     samples: int = typer.Option(128_000, help="Scenes seen by each of the two runs."),
     batch: int = typer.Option(64),
     lr: float = typer.Option(3e-3),
+    count: int = typer.Option(1000, help="New scenes that each accuracy is measured on."),
     bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a CPU with AMX or AVX512-BF16, slower on an old one."),
     threads: int = typer.Option(torch.get_num_threads()),
     vae_path: Path = typer.Option(WORK / "vae-cured"),
@@ -249,7 +250,7 @@ def main(
     settings = {"samples": samples, "batch": batch, "lr": lr}
     known = tuple(name for name in SETS if name != UNSEEN)
     strict = fit(known, vae, **settings, bf16=bf16, path=WORK / f"judge-without-{UNSEEN}.pt")
-    unseen = {"plain": accuracy(strict, (UNSEEN,)), "autoencoder": accuracy(strict, (UNSEEN,), vae)}
+    unseen = {"plain": accuracy(strict, (UNSEEN,), count), "autoencoder": accuracy(strict, (UNSEEN,), count, vae)}
     typer.echo(f"{UNSEEN}, never seen: {unseen}")
 
     judge = fit(SETS, vae, **settings, bf16=bf16, path=WORK / "judge.pt")
@@ -257,9 +258,9 @@ def main(
     judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})  # measure what ships
     drawn = tuple(STYLES.values())
     seen = {
-        "all sets": accuracy(judge, SETS),
-        "the generators' sets": accuracy(judge, drawn),
-        "autoencoder, the generators' sets": accuracy(judge, drawn, vae),
+        "all sets": accuracy(judge, SETS, count),
+        "the generators' sets": accuracy(judge, drawn, count),
+        "autoencoder, the generators' sets": accuracy(judge, drawn, count, vae),
     }
     typer.echo(f"drawings seen in training, in new scenes: {seen}")
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from dit_accel.flops import on_meta
+from dit_accel.store import on_meta
 from dit_accel.when import Mode
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # its scripts import each other by their bare names

@@ -190,7 +190,9 @@ def test_a_block_whose_processor_was_replaced_is_computed_in_full(tiny_flux):
     model.transformer_blocks[0].attn.set_processor(FluxAttnProcessor())
     size = dict(height=64, width=48, num_inference_steps=4, max_sequence_length=8, output_type="latent")
     modes = []
-    model.proj_out.register_forward_hook(lambda *_: modes.append({(s.layer, s.stream): s.mode for s in model._dit_accel.engine.sites}))
+    model.proj_out.register_forward_hook(
+        lambda *_: modes.append({(s.layer, s.stream): s.mode for s in model._dit_accel.engine.sites})
+    )
     pipe("a", **size)
     assert modes[1][0, "image"] is modes[1][0, "text"] is Mode.PLAIN
     assert modes[1][1, "image"] is modes[1][0, "joint"] is Mode.PARTIAL

@@ -21,6 +21,7 @@ from eval.rewards import ImageReward
 SCRIPTS = Path(__file__).parents[2] / "samples" / "training"
 SETS = ("noto", "fluent-flat", "fluent-3d", "noto-v1", "twemoji", "emojione")
 BATCH, CONCEPTS = 4, 24
+SHORT = ("--batch", BATCH, "--threads", 1, "--scenes", 64)
 MINIATURE = f"""
 import data
 everything = data.concepts()
@@ -67,38 +68,43 @@ class Recipe:
         if not folder.exists():
             if family == "pixart":
                 self.pipeline("flux")
-            self.run("train", family, "--batch", BATCH, "--threads", 1, "--samples-64", BATCH, "--samples-128", 0)
+            self.run("train", family, *SHORT, "--samples-small", BATCH, "--samples-large", 0)
         return folder
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A work folder with blobs of a colour per concept in place of emoji, and an autoencoder trained on them for seconds."""
+    """A work folder with blobs of a color per concept in place of emoji, and an autoencoder trained on them for seconds."""
     work = tmp_path_factory.mktemp("training")
     rng = random.Random(0)
-    tensors, order = {}, {}
+    tensors, drawings, order = {}, {}, {}
     for name in SETS:
         order[name] = codes()[: 12 if name == "emojione" else 40]
         pictures = torch.full((len(order[name]), 3, 128, 128), 255, dtype=torch.uint8)
+        opaque = torch.zeros(len(order[name]), 1, 128, 128, dtype=torch.uint8)
         for i, picture in enumerate(pictures):
             side = rng.randint(50, 90)
             color = torch.tensor([(37 * i) % 256, (91 * i) % 256, (149 * i) % 256], dtype=torch.uint8)
             picture[:, 20 : 20 + side, 20 : 20 + side] = color[:, None, None]
-        tensors[name] = pictures
+            opaque[i, :, 20 : 20 + side, 20 : 20 + side] = 255
+        tensors[name], drawings[name] = pictures, torch.cat([pictures, opaque], 1)
     save_file(tensors, work / "pictures-128.safetensors")
+    save_file(drawings, work / "drawings-128.safetensors")
     (work / "order.json").write_text(json.dumps(order))
     recipe = Recipe(work)
     assert "held-out PSNR" in recipe.run("autoencoder", "--minutes", 0.05, "--batch", 2)
+    assert "rings" in recipe.run("border", "--minutes", 0.05, "--batch", 2, "--threads", 1)
+    assert (work / "vae/config.json").exists() and (work / "vae-cured/config.json").exists()
     return recipe
 
 
 @pytest.mark.parametrize(("family", "pipeline"), [("flux", FluxPipeline), ("pixart", PixArtSigmaPipeline)])
 def test_interrupted_training_goes_on_and_yields_a_stock_pipeline(recipe, family, pipeline):
     checkpoint, sheets = recipe.work / f"emoji-{family}.pt", recipe.work / "sheets"
-    settings = (family, "--batch", BATCH, "--threads", 1, "--checkpoint-minutes", 0)
+    settings = (family, *SHORT, "--checkpoint-minutes", 0)
     if family == "pixart":
         recipe.pipeline("flux")
-    process = recipe.start("train", *settings, "--samples-64", 1_000_000)
+    process = recipe.start("train", *settings, "--samples-small", 1_000_000)
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -109,21 +115,19 @@ def test_interrupted_training_goes_on_and_yields_a_stock_pipeline(recipe, family
         path.unlink()
 
     done = before["done"]
-    recipe.run("train", *settings, "--samples-64", done + BATCH, "--samples-128", BATCH)
+    recipe.run("train", *settings, "--samples-small", done + 1, "--samples-large", 2 * BATCH)
 
     after = torch.load(checkpoint, weights_only=True)
-    assert (after["done"], after["step"]) == (done + 2 * BATCH, before["step"] + 2)
-    assert after["spent"] > before["spent"]
+    assert after["step"] == before["step"] + 2, "one of each part; a batch of small pictures is twice as large"
+    assert after["done"] in (done + 3 * BATCH, done + 4 * BATCH) and after["spent"] > before["spent"]
     # One sheet a checkpoint: none for the samples seen before the interruption.
-    assert sorted(path.name for path in sheets.glob(f"{family}-*.png")) == [
-        f"{family}-{done + BATCH:07d}.png",
-        f"{family}-{done + 2 * BATCH:07d}.png",
-    ]
+    seen = [done + 2 * BATCH, after["done"]]
+    assert sorted(path.name for path in sheets.glob(f"{family}-*.png")) == [f"{family}-{n:07d}.png" for n in seen]
     pipe = pipeline.from_pretrained(recipe.work / f"emoji-{family}")
     pipe.set_progress_bar_config(disable=True)
     extra = {"use_resolution_binning": False} if family == "pixart" else {}
     picture = pipe(
-        "red apple, 3d style", height=128, width=128, num_inference_steps=2, max_sequence_length=16, output_type="pt", **extra
+        "red apple, 3d style", height=128, width=128, num_inference_steps=2, max_sequence_length=24, output_type="pt", **extra
     ).images
     assert picture.shape == (1, 3, 128, 128)
     assert picture.isfinite().all()
@@ -134,9 +138,43 @@ def test_interrupted_training_goes_on_and_yields_a_stock_pipeline(recipe, family
     assert any(not torch.equal(shipped[name], value) for name, value in last.items() if name in shipped)
 
 
-def test_judge_is_trained_twice_and_measures_a_pipeline(recipe):
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_a_shipped_pipeline_is_trained_further(recipe, tmp_path, family):
+    """Its vocabulary is not that of this recipe, which has fewer concepts."""
+    out, shipped = tmp_path / f"emoji-{family}", SCRIPTS.parent / f"emoji-{family}"
+    recipe.run("train", family, *SHORT, "--start", shipped, "--samples-small", 0, "--samples-large", 4 * BATCH, "--out", out)
+    state = torch.load(out.with_suffix(".pt"), weights_only=True)
+    assert state["step"] >= 2 and state["done"] >= 4 * BATCH
+    before = load_file(shipped / "transformer/diffusion_pytorch_model.safetensors")
+    after = {name.removeprefix("transformer."): value for name, value in state["model"].items()}
+    assert all(torch.allclose(value.float(), after[name], atol=1e-3) for name, value in before.items())
+    assert any(not torch.equal(value.float(), after[name]) for name, value in before.items())
+    assert (out / "model_index.json").exists()
+
+
+def test_guidance_is_distilled_into_flux(recipe):
+    teacher, out = recipe.pipeline("flux"), recipe.work / "emoji-flux-guided"
+    settings = (*SHORT, "--checkpoint-minutes", 0, "--teacher", teacher)
+    process = recipe.start("distill", *settings, "--samples", 1_000_000)
+    while not (recipe.work / "distilled.pt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    before = torch.load(recipe.work / "distilled.pt", weights_only=True)
+    recipe.run("distill", *settings, "--samples", before["done"] + 1)
+    after = torch.load(recipe.work / "distilled.pt", weights_only=True)
+    assert after["step"] == before["step"] + 1 and after["done"] > before["done"]
+    pipe = FluxPipeline.from_pretrained(out)
+    assert pipe.transformer.config.guidance_embeds
+    assert pipe.transformer.time_text_embed.guidance_embedder.linear_2.weight.abs().max() > 0
+    old, new = (load_file(folder / "text_encoder_2/model.safetensors") for folder in (teacher, out))
+    assert all(torch.equal(value, new[name]) for name, value in old.items()), "the text encoders stay as they are"
+
+
+def test_judge_is_trained_twice_and_measures_pipelines(recipe):
     folder = recipe.work / "judge"
-    settings = ("--batch", 16, "--threads", 1, "--out", folder)
+    settings = ("--batch", 16, "--count", 24, "--threads", 1, "--out", folder)
     recipe.run("judge", "--samples", 32, *settings)
     assert torch.load(recipe.work / "judge.pt", weights_only=True)["done"] == 32
     output = recipe.run("judge", "--samples", 48, *settings)
@@ -145,15 +183,30 @@ def test_judge_is_trained_twice_and_measures_a_pipeline(recipe):
 
     config = json.loads((folder / "config.json").read_text())
     assert config["codes"] == codes()[:CONCEPTS]
-    assert config["accuracy"]["unseen_style"]["pictures"] == 12
+    assert {"object", "background", "both", "places"} < set(config["accuracy"]["unseen_style"]["plain"])
     assert "emojione" not in config["accuracy"]["unseen_style"]["trained_on"]
     weights = load_file(folder / "judge.safetensors")
-    assert weights["head.1.weight"].shape[0] == CONCEPTS
+    assert weights["head.1.weight"].shape[0] == CONCEPTS + 1
 
     output = recipe.run("measure", recipe.pipeline("flux"), "--every", 9, "--threads", 1, "--judge", folder)
-    assert "trained" in output
-    assert "held_out" in output
-    assert (recipe.work / "emoji-flux.png").exists()
+    assert "trained" in output and "held_out" in output and "held-out pairs" in output
+    for sheet in ("", "-seeds", "-backgrounds", "-pairs"):
+        assert (recipe.work / f"sheets/measured-emoji-flux{sheet}.png").exists()
+
+    settings = ("--count", 3, "--pairs", 2, "--batch", 2, "--threads", 1, "--judge", folder, "--steps", 4)
+    output = recipe.run("realism", recipe.pipeline("pixart"), *settings)
+    assert "two seeds of a prompt" in output
+    result = json.loads((recipe.work / "emoji-pixart/realism.json").read_text())
+    assert {"first detail", "fifth detail", "ring", "seeds", "half", "quarter", "object", "background", "both", "places"} < {
+        *result["measured"]
+    }
+    assert len(result["fine detail by step"]) == 4
+
+    prompts, out = recipe.work / "prompts.txt", recipe.work / "own.json"
+    prompts.write_text("grapes\nlemon, 3d style\n")
+    recipe.run("realism", "--checkpoint", "flux", *settings, "--prompts", prompts, "--out", out)
+    result = json.loads(out.read_text())
+    assert result["prompts"] == ["grapes", "lemon, 3d style"] and not {"object", "background"} & set(result["measured"])
 
 
 def test_reward_learns_from_samples_that_were_stopped(recipe):
