@@ -129,9 +129,18 @@ def _attach_output_cache(model: Any, config: OutputCacheConfig) -> None:
         hook.refuse_other_caches(transformer)
     remove(model)
     for transformer in found:
-        engine = model_scope.OutputCache(config)
+        engine = model_scope.OutputCache(config, transformer)
         hook.attach(transformer, engine, None if isinstance(model, torch.nn.Module) else model)
-        _Applied(engine, functools.partial(hook.unregister, transformer, hook.HOOK)).put_on(transformer)
+        _Applied(engine, functools.partial(_detach_output_cache, transformer, engine)).put_on(transformer)
+
+
+def _detach_output_cache(transformer: Any, engine: Any) -> None:
+    from dit_accel import hook
+
+    engine.end()
+    hook.unregister(transformer, hook.HOOK)
+    if engine.packed is not None:
+        engine.packed.detach()
 
 
 def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> dict[str, Any]:

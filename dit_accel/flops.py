@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -98,36 +99,54 @@ class FlopCounter:
 
 
 class OutputFlopCounter:
-    """Counts calls whose output was computed by the model's own code, or not at all.
+    """Counts calls of which the model's own code computed everything, some pictures, some tokens, or nothing.
 
     Args:
         transformer: the one that ran; only its class and configuration are kept.
         inputs: of every branch, without numbers.
+        attention: of computed tokens, "reuse" or "fresh".
     """
 
-    def __init__(self, transformer: Any, inputs: Mapping[int, dict[str, Any]]) -> None:
+    def __init__(self, transformer: Any, inputs: Mapping[int, dict[str, Any]], attention: str) -> None:
         self.build, self.settings, self.inputs = type(transformer).from_config, transformer.config, dict(inputs)
-        self.known: dict[tuple[int, float], int] = {}
+        self.attention = attention
+        self.known: dict[tuple[int, float, int, int], int] = {}
 
     def __call__(self, calls: Iterable[Record]) -> list[int]:
         """FLOPs of every call."""
-        return [self._count(call.branch, call.rows if call.mode is not Mode.PARTIAL else 0.0) for call in calls]
+        return [self._count(call.branch, call.rows, call.tokens, call.tokens_computed) for call in calls]
 
     def plain(self, calls: Iterable[Record]) -> list[int]:
         """What every call would cost if nothing were applied."""
-        return [self._count(call.branch, 1.0) for call in calls]
+        return [self._count(call.branch, 1.0, 0, 0) for call in calls]
 
-    def _count(self, branch: int, rows: float) -> int:
+    def _count(self, branch: int, rows: float, tokens: int, count: int) -> int:
         if rows == 0:
             return 0
-        if (branch, rows) not in self.known:
+        if (key := (branch, rows, tokens, count)) not in self.known:
             with torch.device("meta"):
                 model = self.build(self.settings).eval()
             given = self.inputs[branch]
             latents = next(iter(given.values()))
             if rows < 1:
                 given = tree_map(lambda value: later_rows(value, len(latents), rows), given)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), self._packed(model, given, tokens, count), FlopCounterMode(display=False) as counter:
                 model(**given)
-            self.known[branch, rows] = int(counter.get_total_flops())
-        return self.known[branch, rows]
+            self.known[key] = int(counter.get_total_flops())
+        return self.known[key]
+
+    def _packed(self, model: Any, given: dict[str, Any], tokens: int, count: int) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the model computes `count` of `tokens`, after a full step; everything where tokens are 0."""
+        if not tokens:
+            return contextlib.nullcontext()
+        from dit_accel.families.table import lookup
+        from dit_accel.packed import Packed
+        from dit_accel.steps import Memory
+
+        family = lookup(model)
+        assert family is not None
+        packed, memory = Packed(model, family, self.attention), Memory()
+        packed.attach()
+        with packed.full(memory, tokens, 0.0):
+            model(**given)
+        return packed.partial(memory, torch.arange(count, device="meta"), [1.0])

@@ -134,7 +134,8 @@ def attach(transformer: Any, engine: Engine, pipeline: Any) -> None:
                 return todo.output
             if todo.change is not None:
                 args, kwargs = todo.change((args, kwargs))
-            output = stock(*args, **kwargs)
+            with todo.within:
+                output = stock(*args, **kwargs)
             return output if todo.then is None else todo.then(output)
 
         transformer.forward = forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,14 @@ class Todo:
     Attributes:
         done: whether `output` is the answer.
         change: made of the arguments that the forward is called with; None leaves them.
+        within: what the forward is called in.
         then: makes the answer of what the forward returns; None leaves it.
     """
 
     done: bool = False
     output: Any = None
     change: Callable[[Any], Any] | None = None
+    within: AbstractContextManager[Any] = nullcontext()
     then: Callable[[Any], Any] | None = None
 
 

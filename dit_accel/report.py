@@ -156,7 +156,8 @@ def report(model: Any) -> Report:
         raise RuntimeError("Nothing is applied to this model; call dit_accel.apply first.")
     transformer = transformer_of(model)
     if not isinstance(engine, Run):
-        return Report(tuple(engine.calls), (1, 1), (), OutputFlopCounter(transformer, engine.inputs))
+        counter = OutputFlopCounter(transformer, engine.inputs, engine.config.attention)
+        return Report(tuple(engine.calls), engine.grid, (), counter)
     engine.collect()
     selections = tuple(Selection(call, stream, layer, tokens) for call, stream, layer, tokens in engine.selections)
     return Report(tuple(engine.calls), engine.grid, selections, FlopCounter(transformer, engine))

@@ -166,13 +166,7 @@ class Site:
             where=self,
             **{name: seen[:, start:] for name, seen in self.memory.observed.items()},
         )
-        scores = self.selector.score(context)
-        rows = len(tokens) if self.selector.per_picture else len(noise)
-        if scores.ndim != 2 or len(scores) not in (1, rows) or scores.shape[1] != context.tokens.shape[1]:
-            raise ValueError(
-                f"The selector {config.selector!r} returned scores of shape {list(scores.shape)}; it must return "
-                f"[{'1' if rows == 1 else f'1 or {rows}'}, {context.tokens.shape[1]}], one for each of context.tokens."
-            )
+        scores = which.scored(self.selector, config.selector, context, len(tokens) if self.selector.per_picture else len(noise))
         bonus = config.spatial_bonus if self.stream != "text" else 0.0
         averaged = self.halves and self.selector.per_picture and len(scores) > 1
         if config.age_weight or bonus or averaged:  # otherwise only their order counts

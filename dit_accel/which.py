@@ -151,6 +151,17 @@ def selectors() -> dict[str, str]:
     return {name: selector.description for name, selector in _SELECTORS.items()}
 
 
+def scored(selector: Selector, name: str, context: SelectionContext, rows: int) -> torch.Tensor:
+    """The selector's scores, [1 or rows, N]; ValueError if they have another shape."""
+    scores = selector.score(context)
+    if scores.ndim != 2 or len(scores) not in (1, rows) or scores.shape[1] != context.tokens.shape[1]:
+        raise ValueError(
+            f"The selector {name!r} returned scores of shape {list(scores.shape)}; it must return "
+            f"[{'1' if rows == 1 else f'1 or {rows}'}, {context.tokens.shape[1]}], one for each of context.tokens."
+        )
+    return scores
+
+
 @register_selector("random", per_picture=False, blind=True)
 def random(context: SelectionContext) -> torch.Tensor:
     """Every token with the same chance."""
