@@ -18,8 +18,8 @@ from rich.table import Table
 
 from pipelines.terminal import show
 
-IMPORT = "import time, torch, diffusers; start = time.perf_counter(); import dit_accel; print(time.perf_counter() - start)"
-MODELS = IMPORT.replace("import dit_accel", "from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel")
+IMPORT = "import time, torch, diffusers; start = time.perf_counter(); from dit_accel import *; print(time.perf_counter() - start)"
+MODELS = IMPORT.replace("from dit_accel import *", "from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel")
 BIN = Path(sys.executable).parent
 COMMANDS = {
     "import dit_accel, beyond torch and diffusers": [sys.executable, "-c", IMPORT],

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import dit_accel
+
 ROOT = Path(__file__).parent.parent
 LAYERS = ("dit_accel", "pipelines", "eval")  # each may import itself and what stands before it
 PURE = ("clock", "config", "how", "importance", "merging", "plan", "when", "which")
@@ -66,6 +68,24 @@ def test_files_stay_small() -> None:
 def test_imports_are_light() -> None:
     """What takes diffusers seconds to load waits until something is applied; `--help` waits for no torch at all."""
     heavy = ("diffusers.hooks", "diffusers.models", "transformers")
-    for code, unwanted in (("import dit_accel", heavy), ("import pipelines.cli, eval.cli", ("torch", *heavy))):
+    for code, unwanted in (
+        ("from dit_accel import *", heavy),
+        ("import dit_accel", ("torch", *heavy)),
+        ("import pipelines.cli, eval.cli", ("torch", *heavy)),
+    ):
         code += f"; import sys; print([m for m in sys.modules if m.startswith({unwanted})])"
         assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_public_names_do_not_depend_on_what_is_imported_first() -> None:
+    """dit_accel/apply.py and dit_accel/report.py hold functions of the same names."""
+    code = """
+import dit_accel.apply, dit_accel.report
+import dit_accel
+names = [name for name in dit_accel.__all__ if not callable(getattr(dit_accel, name))]
+assert not names and set(dit_accel.__all__) <= set(dir(dit_accel)), names
+assert dit_accel.Report is sys.modules["dit_accel.report"].Report
+"""
+    subprocess.run([sys.executable, "-c", f"import sys{code}"], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'aply'"):
+        _ = dit_accel.aply
