@@ -27,7 +27,7 @@ import dit_accel
 from dit_accel import TokenCacheConfig
 from dit_accel.apply import applied_to
 from dit_accel.families.attention import Listening
-from pipelines.terminal import show
+from dit_accel.pipelines.terminal import show
 
 # FLUX.1-dev's defaults are diffusers'; PixArt-XL's likewise.
 TEXT = {"flux": 512, "pixart": 300}

@@ -36,8 +36,8 @@ import dit_accel
 from dit_accel import SelectionContext, TokenCacheConfig, importance, merging, when, which
 from dit_accel.families import flux
 from dit_accel.families.attention import key_and_value_observations
-from pipelines.pictures import write_atomically
-from pipelines.terminal import show
+from dit_accel.pipelines.pictures import write_atomically
+from dit_accel.pipelines.terminal import show
 
 Row = dict[str, Any]
 Work = Callable[[], Any]
@@ -176,7 +176,7 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    from eval.drawing import COLOURS, MARKERS, style
+    from dit_accel.eval.drawing import COLOURS, MARKERS, style
 
     names = list(dict.fromkeys((row["what"], row["by"]) for row in rows))
     sizes, lines = sorted({row["tokens"] for row in rows}), []

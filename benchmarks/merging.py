@@ -25,11 +25,11 @@ from rich.table import Table
 
 import dit_accel
 from dit_accel import TokenCacheConfig, TokenMergeConfig, merging
-from pipelines.generation import compare, settings_for
-from pipelines.loading import load
-from pipelines.methods import Config, describe, settings_of
-from pipelines.pictures import psnr
-from pipelines.terminal import quiet, show
+from dit_accel.pipelines.generation import compare, settings_for
+from dit_accel.pipelines.loading import load
+from dit_accel.pipelines.methods import Config, describe, settings_of
+from dit_accel.pipelines.pictures import psnr
+from dit_accel.pipelines.terminal import quiet, show
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 STEPS = 5  # that a matching serves

@@ -33,7 +33,7 @@ MATRIX = ("addmm", "mm", "bmm", "linear", "conv", "attention", "gelu", "silu")  
 
 def seconds_of_calls(pipe: Any, settings: Any, on_call: Any = None) -> list[float]:
     """Of the transformer's calls that make one picture."""
-    from pipelines.generation import denoise
+    from dit_accel.pipelines.generation import denoise
 
     moments: list[float] = []
     handles = [
@@ -74,8 +74,8 @@ def measure(name: str, dtype: str, pictures: int) -> list[dict[str, Any]]:
     import torch
 
     from dit_accel import TokenCacheConfig
-    from pipelines.generation import settings_for, switch
-    from pipelines.loading import load
+    from dit_accel.pipelines.generation import settings_for, switch
+    from dit_accel.pipelines.loading import load
 
     pipe = load(name).to(getattr(torch, dtype))
     settings, seconds, rows = settings_for(pipe, name), defaultdict(list), []
@@ -121,7 +121,7 @@ def main(
 ) -> None:
     from recording import save
 
-    from pipelines.terminal import show
+    from dit_accel.pipelines.terminal import show
 
     checkouts = {"now": ROOT} | ({"before": beside.resolve()} if beside else {})
     found: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)

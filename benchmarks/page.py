@@ -25,10 +25,10 @@ from peers import WITHOUT
 from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell, chosen
 from width import flux_dev, summary
 
-from eval.drawing import COLOURS, MARKERS, style
-from eval.statistics import compare, mean_interval, per_prompt
-from eval.summary import summarise
-from pipelines.pictures import write_atomically
+from dit_accel.eval.drawing import COLOURS, MARKERS, style
+from dit_accel.eval.statistics import compare, mean_interval, per_prompt
+from dit_accel.eval.summary import summarise
+from dit_accel.pipelines.pictures import write_atomically
 
 HERE = Path(__file__).parent
 RECORDS = ("startup", "overhead", "growth", "width", "memory")

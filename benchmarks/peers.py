@@ -24,7 +24,7 @@ import torch
 
 import dit_accel
 from dit_accel import TokenCacheConfig, TokenMergeConfig
-from pipelines.generation import is_flux
+from dit_accel.pipelines.generation import is_flux
 
 Undo = Callable[[], None]
 Setting = dict[str, Any]

@@ -28,16 +28,16 @@ from meter import Meter
 from peers import METHODS, applied, calibrate, family, steps_of
 from rich.progress import track
 
-from eval.fidelity import decibels, squared_error, ssim
-from eval.folder import write_table
-from eval.prompt_sets import read_prompt_set
-from eval.rewards import load_reward
-from eval.rewards.pictures import open_picture
-from eval.spec import FULL, noise_seed
-from pipelines.generation import Picture, Settings, denoise, settings_for
-from pipelines.loading import load
-from pipelines.pictures import png, write_atomically
-from pipelines.terminal import quiet
+from dit_accel.eval.fidelity import decibels, squared_error, ssim
+from dit_accel.eval.folder import write_table
+from dit_accel.eval.prompt_sets import read_prompt_set
+from dit_accel.eval.rewards import load_reward
+from dit_accel.eval.rewards.pictures import open_picture
+from dit_accel.eval.spec import FULL, noise_seed
+from dit_accel.pipelines.generation import Picture, Settings, denoise, settings_for
+from dit_accel.pipelines.loading import load
+from dit_accel.pipelines.pictures import png, write_atomically
+from dit_accel.pipelines.terminal import quiet
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 PIPELINES = ["emoji-flux", "emoji-pixart"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipelines.pictures import write_atomically
+from dit_accel.pipelines.pictures import write_atomically
 
 
 def processor() -> str:

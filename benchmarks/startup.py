@@ -16,7 +16,7 @@ from recording import save
 from rich.progress import track
 from rich.table import Table
 
-from pipelines.terminal import show
+from dit_accel.pipelines.terminal import show
 
 IMPORT = "import time, torch, diffusers; start = time.perf_counter(); from dit_accel import *; print(time.perf_counter() - start)"
 MODELS = IMPORT.replace("from dit_accel import *", "from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel")

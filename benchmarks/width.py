@@ -41,7 +41,7 @@ from recording import rows_of, save
 from rich.progress import track
 from rich.table import Table
 
-from pipelines.terminal import quiet, show
+from dit_accel.pipelines.terminal import quiet, show
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 STEPS = 20

@@ -19,13 +19,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval.drawing import COLOURS, style
-from eval.fidelity import decibels
-from eval.folder import RunFolder
-from eval.spec import FULL
-from eval.statistics import compare, per_prompt
-from eval.summary import summarise
-from pipelines.pictures import side_by_side, write_atomically
+from dit_accel.eval.drawing import COLOURS, style
+from dit_accel.eval.fidelity import decibels
+from dit_accel.eval.folder import RunFolder
+from dit_accel.eval.spec import FULL
+from dit_accel.eval.statistics import compare, per_prompt
+from dit_accel.eval.summary import summarise
+from dit_accel.pipelines.pictures import side_by_side, write_atomically
 
 HERE = Path(__file__).parent
 INTERVALS, REFERENCE = (5, 3, 10), "random"

@@ -17,12 +17,12 @@ from matplotlib.patches import Patch
 
 import dit_accel
 from dit_accel import TokenCacheConfig
+from dit_accel.pipelines.generation import denoise, settings_for
+from dit_accel.pipelines.inspection import draw, usable
+from dit_accel.pipelines.loading import load
+from dit_accel.pipelines.pictures import write_atomically
+from dit_accel.pipelines.terminal import err, quiet
 from dit_accel.when import Mode
-from pipelines.generation import denoise, settings_for
-from pipelines.inspection import draw, usable
-from pipelines.loading import load
-from pipelines.pictures import write_atomically
-from pipelines.terminal import err, quiet
 
 FIGURES = Path(__file__).parent / "figures"
 PROMPT, LAYER = "tiger face, flat style", 1

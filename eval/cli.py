@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.terminal import err, plain_errors, quiet, show
+from dit_accel.pipelines.terminal import err, plain_errors, quiet, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eval.timing import Watcher
+    from dit_accel.eval.timing import Watcher
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,7 +74,7 @@ def run(
     r"""Make, score, compare and time the pictures of every method. Interrupted at any moment, the same command goes on.
 
     Runs in full, with fewer steps and with a cache that caches nothing are added by themselves. On several GPUs or machines, put
-    [bold]accelerate launch -m eval.cli[/] in place of dit-accel-eval.
+    [bold]accelerate launch -m dit_accel.eval.cli[/] in place of dit-accel-eval.
 
     [bold]Examples[/]
 
@@ -85,7 +85,7 @@ def run(
     The exit code is 1 if a picture or a method failed; the rows say why.
     """
     with plain_errors(debug):
-        from eval.spec import read_spec
+        from dit_accel.eval.spec import read_spec
 
         quiet()
         changes: dict[str, Any] = dict(
@@ -98,8 +98,8 @@ def run(
         changes |= dict(seeds=seeds, steps=steps, margin=margin, batch_size=batch_size, timing_rounds=timing_rounds)
         asked = read_spec(spec, **changes, dtype=dtype, device=device, offload=offload)
 
-        from eval.folder import RunFolder
-        from eval.runs import Evaluation
+        from dit_accel.eval.folder import RunFolder
+        from dit_accel.eval.runs import Evaluation
 
         folder = RunFolder(output or Path("runs") / (spec.stem if spec else "evaluation"))
         with watching() as watcher:
@@ -132,8 +132,8 @@ def report(
     their twins in full, selection maps, and how all of it was measured. Of a run that is not finished, what is there.
     """
     with plain_errors(debug):
-        from eval.folder import RunFolder
-        from eval.report import write_report
+        from dit_accel.eval.folder import RunFolder
+        from dit_accel.eval.report import write_report
 
         typer.echo(write_report(RunFolder(folder), output or folder / "report"))
 
@@ -143,7 +143,7 @@ def watching() -> Iterator[Watcher]:
     """A bar for every stage, with the time that is left."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from eval.timing import Watcher
+    from dit_accel.eval.timing import Watcher
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err(), speed_estimate_period=600) as bar:
@@ -178,7 +178,7 @@ def overview(folder: Any, spec: Any) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from eval.summary import summarise
+    from dit_accel.eval.summary import summarise
 
     rows, times = (pd.read_parquet(folder.path / f"{name}.parquet") for name in ("results", "timing"))
     summary = summarise(rows, times, score=spec.scores[0], margin=spec.margin)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from pipelines.pictures import Picture, decibels, psnr, rgb_pair, squared_error
+from dit_accel.pipelines.pictures import Picture, decibels, psnr, rgb_pair, squared_error
 
 __all__ = ["decibels", "mean_psnr", "psnr", "squared_error", "ssim"]
 

@@ -1,6 +1,6 @@
 """The figures of a report: quality against seconds, seconds against FLOPs, differences by prompt, selection maps.
 
-`part` is always the rows of `eval.summary.summarise` of one pipeline, with a `number` and a `key` for each method.
+`part` is always the rows of `dit_accel.eval.summary.summarise` of one pipeline, with a `number` and a `key` for each method.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from eval.drawing import WIDTH, Drawing, canvas, finish, gid, legend, looks, points, wrapped
+from dit_accel.eval.drawing import WIDTH, Drawing, canvas, finish, gid, legend, looks, points, wrapped
 
 DOTS = 100  # prompts that are drawn one by one; of more, their distribution
 FIGURES = ("uniformity", "row_bias", "column_bias", "pictures")

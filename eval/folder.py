@@ -27,8 +27,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from eval.spec import Spec
-from pipelines.pictures import write_atomically
+from dit_accel.eval.spec import Spec
+from dit_accel.pipelines.pictures import write_atomically
 
 PACKAGES = ("dit-accel", "torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 

@@ -9,12 +9,12 @@ import numpy as np
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from eval.folder import RunFolder, write_json
-from eval.measuring import Bench
-from eval.spec import Cell, Spec, noise_seed
-from eval.timing import Watcher, with_baselines
-from pipelines.generation import denoise
-from pipelines.inspection import places
+from dit_accel.eval.folder import RunFolder, write_json
+from dit_accel.eval.measuring import Bench
+from dit_accel.eval.spec import Cell, Spec, noise_seed
+from dit_accel.eval.timing import Watcher, with_baselines
+from dit_accel.pipelines.generation import denoise
+from dit_accel.pipelines.inspection import places
 
 
 def selects(cell: Cell) -> bool:

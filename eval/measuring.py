@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import dit_accel
-from eval.spec import Cell
-from pipelines.generation import OnStep, Picture, Settings, denoise, switch
+from dit_accel.eval.spec import Cell
+from dit_accel.pipelines.generation import OnStep, Picture, Settings, denoise, switch
 
 WORK = ("flops", "full_flops", "cache_bytes", "tokens_share", "tokens_merged", "full_steps", "partial_steps")
 

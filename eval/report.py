@@ -17,14 +17,14 @@ import pandas as pd
 import yaml
 from PIL import Image
 
-from eval import drawing, figures, page
-from eval.folder import RunFolder
-from eval.runs import with_flops
-from eval.spec import FULL, Spec
-from eval.statistics import per_prompt
-from eval.summary import RESAMPLES, summarise
-from eval.timing import with_baselines
-from pipelines.pictures import psnr_text, write_atomically
+from dit_accel.eval import drawing, figures, page
+from dit_accel.eval.folder import RunFolder
+from dit_accel.eval.runs import with_flops
+from dit_accel.eval.spec import FULL, Spec
+from dit_accel.eval.statistics import per_prompt
+from dit_accel.eval.summary import RESAMPLES, summarise
+from dit_accel.eval.timing import with_baselines
+from dit_accel.pipelines.pictures import psnr_text, write_atomically
 
 SIDE = 192  # pixels, of the embedded pictures
 EXTREMES = 3  # worst and best pictures of a method
@@ -99,7 +99,7 @@ def write_report(folder: RunFolder, output: Path, resamples: int = RESAMPLES) ->
     Args:
         folder: of the run.
         output: made if there is none; files of an earlier report are replaced.
-        resamples: see `eval.summary.summarise`.
+        resamples: see `dit_accel.eval.summary.summarise`.
 
     Raises:
         FileNotFoundError, ValueError: see `read_run`.

@@ -13,17 +13,17 @@ import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from eval.fidelity import decibels, squared_error, ssim
-from eval.folder import RunFolder, write_json, write_table
-from eval.maps import record_maps
-from eval.measuring import Bench, Measured
-from eval.rewards import load_reward
-from eval.rewards.pictures import open_picture
-from eval.spec import NO_OP, Cell, Spec, noise_seed
-from eval.timing import Watcher, take_times, with_baselines
-from pipelines.generation import settings_for
-from pipelines.loading import load, pick_device
-from pipelines.pictures import png, write_atomically
+from dit_accel.eval.fidelity import decibels, squared_error, ssim
+from dit_accel.eval.folder import RunFolder, write_json, write_table
+from dit_accel.eval.maps import record_maps
+from dit_accel.eval.measuring import Bench, Measured
+from dit_accel.eval.rewards import load_reward
+from dit_accel.eval.rewards.pictures import open_picture
+from dit_accel.eval.spec import NO_OP, Cell, Spec, noise_seed
+from dit_accel.eval.timing import Watcher, take_times, with_baselines
+from dit_accel.pipelines.generation import settings_for
+from dit_accel.pipelines.loading import load, pick_device
+from dit_accel.pipelines.pictures import png, write_atomically
 
 PATIENCE = timedelta(days=30)  # of a process that waits for the others
 

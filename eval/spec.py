@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from dit_accel import TokenCacheConfig, TokenMergeConfig
-from eval.prompt_sets import read_prompt_set
-from pipelines.methods import Config
+from dit_accel.eval.prompt_sets import read_prompt_set
+from dit_accel.pipelines.methods import Config
 
 PAIRS = ("stride", "rematch_every")  # options whose value is a list of two itself
 FULL, NO_OP = "full", "no-op cache"
@@ -46,7 +46,7 @@ class Spec:
         prompts: in the order in which they are made.
         seeds: pictures of every prompt.
         methods: each a grid of `cache`, `merge` and `steps`, whose options may be lists.
-        scores: rewards by name, path or hub id; see `eval.rewards.load_reward`. The first one is what the report is about.
+        scores: rewards by name, path or hub id; see `dit_accel.eval.rewards.load_reward`. The first is what the report is about.
         margin: the largest loss of the first score that does not matter, declared before the results are seen.
         steps, guidance, height, width: for all pipelines, if not their own.
         batch_size: pictures denoised together where time is not measured.

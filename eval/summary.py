@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.fidelity import decibels
-from eval.spec import FULL
-from eval.statistics import compare, mean_interval, pareto, per_prompt
+from dit_accel.eval.fidelity import decibels
+from dit_accel.eval.spec import FULL
+from dit_accel.eval.statistics import compare, mean_interval, pareto, per_prompt
 
 RESAMPLES = 10_000
 
@@ -23,7 +23,7 @@ def summarise(rows: pd.DataFrame, times: pd.DataFrame, *, score: str, margin: fl
         rows: one row a picture: results.parquet of a run.
         times: its timing.parquet.
         score: the column that says how good a picture is.
-        margin: see `eval.statistics.non_inferior`.
+        margin: see `dit_accel.eval.statistics.non_inferior`.
         resamples: of the bootstrap and the test.
 
     Returns:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from eval.folder import RunFolder, write_json, write_table
-from eval.measuring import Bench, Measured
-from eval.spec import FULL, NO_OP, Cell, Spec, noise_seed
+from dit_accel.eval.folder import RunFolder, write_json, write_table
+from dit_accel.eval.measuring import Bench, Measured
+from dit_accel.eval.spec import FULL, NO_OP, Cell, Spec, noise_seed
 
 PROBES = 2  # rounds from which the fewer steps are found that match a method; their seconds are not reported
 

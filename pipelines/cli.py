@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines import options
-from pipelines.terminal import err, plain_errors, quiet, show, usage
+from dit_accel.pipelines import options
+from dit_accel.pipelines.terminal import err, plain_errors, quiet, show, usage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,7 +120,7 @@ def generate(
     with plain_errors(debug):
         prompts = list(prompts or [])
         if prompts_file:
-            from pipelines.prompts import read_prompts
+            from dit_accel.pipelines.prompts import read_prompts
 
             with usage():
                 prompts += read_prompts(prompts_file)
@@ -128,9 +128,9 @@ def generate(
             raise typer.BadParameter(
                 'Give at least one prompt, and none that is empty, as in: dit-accel generate "red apple, 3d style".'
             )
-        from pipelines.generation import settings_for
-        from pipelines.job import Job
-        from pipelines.loading import load, understand
+        from dit_accel.pipelines.generation import settings_for
+        from dit_accel.pipelines.job import Job
+        from dit_accel.pipelines.loading import load, understand
 
         quiet()
         config = options.configured(method, context.params)
@@ -191,10 +191,10 @@ def inspect(
     with plain_errors(debug):
         from dataclasses import replace
 
-        from pipelines.generation import settings_for
-        from pipelines.inspection import draw, usable
-        from pipelines.job import Job
-        from pipelines.loading import load, understand
+        from dit_accel.pipelines.generation import settings_for
+        from dit_accel.pipelines.inspection import draw, usable
+        from dit_accel.pipelines.job import Job
+        from dit_accel.pipelines.loading import load, understand
 
         quiet()
         if not prompt.strip():
@@ -224,7 +224,7 @@ def pipelines() -> None:
     """List the pipelines known by name. Any other FLUX or PixArt checkpoint works by its hub id or folder."""
     from rich.table import Column, Table
 
-    from pipelines.catalog import CATALOG
+    from dit_accel.pipelines.catalog import CATALOG
 
     table = Table(Column("name", overflow="fold"), "class", "steps", "guidance", "size", "about")
     for entry in CATALOG.values():
@@ -265,9 +265,9 @@ def demo(
     """Make a few pictures in full and with nine of ten tokens cached, and show how long each took."""
     with plain_errors(debug):
         from dit_accel import TokenCacheConfig
-        from pipelines.generation import settings_for
-        from pipelines.job import Job
-        from pipelines.loading import load
+        from dit_accel.pipelines.generation import settings_for
+        from dit_accel.pipelines.job import Job
+        from dit_accel.pipelines.loading import load
 
         quiet()
         config = TokenCacheConfig(interval=4, cache_ratio=0.9, selector="random")

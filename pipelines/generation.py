@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import dit_accel
-from pipelines.catalog import find
-from pipelines.methods import Config, parts
-from pipelines.prompts import t5_tokenizer
+from dit_accel.pipelines.catalog import find
+from dit_accel.pipelines.methods import Config, parts
+from dit_accel.pipelines.prompts import t5_tokenizer
 
 OnStep = Callable[[], None]
 
@@ -184,7 +184,7 @@ def generate(
     """Pictures of the prompts as they are finished, `num_images` each.
 
     Args:
-        pipe: a pipeline of `pipelines.loading.load`.
+        pipe: a pipeline of `dit_accel.pipelines.loading.load`.
         prompts: what to make.
         config: as for `dit_accel.apply`; none at all computes everything.
         settings: see `settings_for`.

@@ -17,8 +17,8 @@ from rich.table import Table
 import dit_accel
 from dit_accel import Report, TokenCacheConfig, which
 from dit_accel.families import family_of
-from pipelines.generation import Settings, denoise
-from pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
+from dit_accel.pipelines.generation import Settings, denoise
+from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
 
 TILE = 4  # side of a tile, in tokens
 COLOURS = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float64)  # rare to often
@@ -115,7 +115,7 @@ def draw(
     """One picture of what each selector computes, with its figures as JSON beside it and as a table.
 
     Args:
-        pipe: of `pipelines.loading.load`; name: what the user called it.
+        pipe: of `dit_accel.pipelines.loading.load`; name: what the user called it.
         configs: that differ in their selectors.
         output: folder of the picture.
         log: where progress goes.

@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from pipelines.generation import OnStep, Picture, Settings, compare, generate
-from pipelines.methods import Config, describe, parts, settings_of
-from pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
-from pipelines.prompts import cut_text, unknown_words
+from dit_accel.pipelines.generation import OnStep, Picture, Settings, compare, generate
+from dit_accel.pipelines.methods import Config, describe, parts, settings_of
+from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
+from dit_accel.pipelines.prompts import cut_text, unknown_words
 
 
 @dataclass

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from pipelines.catalog import CATALOG, SUPPORTED, find
+from dit_accel.pipelines.catalog import CATALOG, SUPPORTED, find
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOAD = ("none", "model", "group", "sequential")

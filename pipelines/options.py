@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.terminal import usage
+from dit_accel.pipelines.terminal import usage
 
 # Those of a method are None unless given, so that giving one without the method is an error.
 CACHE, MERGE, PICTURE, MACHINE = "Cache", "Merge", "Picture", "Machine"

@@ -41,7 +41,7 @@ def plain_errors(debug: bool = False) -> Iterator[None]:
 
 
 def sentence(error: Exception) -> str:
-    from pipelines.loading import LoadError
+    from dit_accel.pipelines.loading import LoadError
 
     if type(error).__name__ == "OutOfMemoryError":
         return "The device has too little memory for this: try --offload model, a smaller --height and --width, or --batch-size 1."

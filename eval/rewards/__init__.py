@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from eval.rewards.clip_score import ClipScore
-from eval.rewards.image_reward import ImageReward, build_image_reward
-from eval.rewards.package import PackageImageReward
-from pipelines.catalog import samples_folder
+from dit_accel.eval.rewards.clip_score import ClipScore
+from dit_accel.eval.rewards.image_reward import ImageReward, build_image_reward
+from dit_accel.eval.rewards.package import PackageImageReward
+from dit_accel.pipelines.catalog import samples_folder
 
 __all__ = ["ClipScore", "ImageReward", "PackageImageReward", "build_image_reward", "load_reward"]
 

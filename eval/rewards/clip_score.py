@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from eval.rewards.pictures import Picture, batches, preprocess
+from dit_accel.eval.rewards.pictures import Picture, batches, preprocess
 
 WEIGHT = 2.5
 PREFIX = "A photo depicts "

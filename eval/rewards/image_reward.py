@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from eval.rewards.pictures import Picture, batches, preprocess
+from dit_accel.eval.rewards.pictures import Picture, batches, preprocess
 
 REPOSITORY = "THUDM/ImageReward"
 VOCABULARY_REPOSITORY = "bert-base-uncased"

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.rewards.image_reward import MAX_TOKENS
-from eval.rewards.pictures import Picture, batches
+from dit_accel.eval.rewards.image_reward import MAX_TOKENS
+from dit_accel.eval.rewards.pictures import Picture, batches
 
 
 class PackageImageReward:
-    """The same reward as `eval.rewards.ImageReward`, computed by the authors' code.
+    """The same reward as `dit_accel.eval.rewards.ImageReward`, computed by the authors' code.
 
     Args:
         checkpoint: a name that the package knows, or the path of a checkpoint.
@@ -38,7 +38,7 @@ class PackageImageReward:
             raise ImportError(
                 f"The image-reward package cannot be imported ({error}). It needs timm 0.6.13, fairscale 0.4.13, "
                 "transformers below 4.56, clip, diffusers, accelerate, datasets, and a torchvision built for the installed torch. "
-                "Install these in an environment of their own, or use the default backend, eval.rewards.ImageReward: "
+                "Install these in an environment of their own, or use the default backend, dit_accel.eval.rewards.ImageReward: "
                 "it gives the same scores from the same checkpoint."
             ) from error
         config = None if med_config is None else str(med_config)

@@ -28,9 +28,9 @@ from transformers import BertConfig
 from common import copy_card, load_checkpoint, save_checkpoint
 from data import STYLES, WORK, Concept, all_captions, caption, concepts, pairs, pictures, prompt
 from degrade import DEGRADATIONS, degrade, move
-from eval.rewards.image_reward import MEAN, SPECIAL, STD, build_image_reward, build_net, original_name, read_vocabulary
-from eval.rewards.pictures import MEAN as PIXEL_MEAN
-from eval.rewards.pictures import STD as PIXEL_STD
+from dit_accel.eval.rewards.image_reward import MEAN, SPECIAL, STD, build_image_reward, build_net, original_name, read_vocabulary
+from dit_accel.eval.rewards.pictures import MEAN as PIXEL_MEAN
+from dit_accel.eval.rewards.pictures import STD as PIXEL_STD
 from judge import augment
 
 OUT = Path(__file__).parent.parent / "emoji-reward"

@@ -18,8 +18,8 @@ sys.path.append(str(BENCHMARKS))
 
 from peers import FAMILIES, METHODS, RATIOS, WITHOUT, Method, applied, calibrate, enabled, family, masked, steps_of  # noqa: E402
 
-from pipelines.generation import denoise, settings_for  # noqa: E402
-from pipelines.loading import load  # noqa: E402
+from dit_accel.pipelines.generation import denoise, settings_for  # noqa: E402
+from dit_accel.pipelines.loading import load  # noqa: E402
 
 STEPS = 8
 PAIRS = [(family, method) for method in METHODS.values() for family in method.families]

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import BertConfig
 
-from eval.rewards.image_reward import SPECIAL, build_image_reward, build_net, original_name
+from dit_accel.eval.rewards.image_reward import SPECIAL, build_image_reward, build_net, original_name
 
 VISION = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 3}
 WORDS = "a red green apple cat crab tiger face table style 3d flat cartoon ,".split()

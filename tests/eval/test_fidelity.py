@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from eval.fidelity import decibels, mean_psnr, psnr, squared_error, ssim
+from dit_accel.eval.fidelity import decibels, mean_psnr, psnr, squared_error, ssim
 
 
 def noise(seed: int, height: int = 16, width: int = 20) -> np.ndarray:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from eval.prompt_sets import read_prompt_set
+from dit_accel.eval.prompt_sets import read_prompt_set
 
 PROMPTS = ["a red apple", 'two cats, one "grey"', "a crab\ton sand", "café au lait"]
 

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from eval import cli, drawing, figures, page
-from eval.folder import RunFolder, write_json, write_table
-from eval.report import extremes, read_run, write_report
-from eval.summary import summarise
+from dit_accel.eval import cli, drawing, figures, page
+from dit_accel.eval.folder import RunFolder, write_json, write_table
+from dit_accel.eval.report import extremes, read_run, write_report
+from dit_accel.eval.summary import summarise
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 RESAMPLES = 200
@@ -415,8 +415,8 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_help_needs_none_of_the_libraries() -> None:
-    code = "import sys; from eval import cli; sys.exit(bool({'torch', 'matplotlib', 'pandas', 'jinja2'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(cli.__file__).parent.parent).returncode == 0
+    code = "import sys; from dit_accel.eval import cli; sys.exit(bool({'torch', 'matplotlib', 'pandas', 'jinja2'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_series() -> None:

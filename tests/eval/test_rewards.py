@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from eval.rewards import ClipScore, ImageReward, build_image_reward, image_reward
-from eval.rewards.package import PackageImageReward
-from eval.rewards.pictures import preprocess
+from dit_accel.eval.rewards import ClipScore, ImageReward, build_image_reward, image_reward
+from dit_accel.eval.rewards.package import PackageImageReward
+from dit_accel.eval.rewards.pictures import preprocess
 
 PIECES = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] a red green cat apple on the table ##s ##pple caf ##e , . ' t don 3".split()
 ID = {piece: index for index, piece in enumerate(PIECES)}

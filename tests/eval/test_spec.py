@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from dit_accel import TokenCacheConfig, TokenMergeConfig
-from eval.spec import Spec, noise_seed, read_spec
+from dit_accel.eval.spec import Spec, noise_seed, read_spec
 
 METHOD = {"cache": {"selector": "random"}}
 

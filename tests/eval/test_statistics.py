@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from eval.statistics import Difference, compare, holm, mean_interval, non_inferior, paired, pareto, per_prompt
+from dit_accel.eval.statistics import Difference, compare, holm, mean_interval, non_inferior, paired, pareto, per_prompt
 
 QUICK = settings(max_examples=30, deadline=None)
 VALUES = st.lists(st.integers(-1000, 1000).map(lambda i: i / 100), min_size=2, max_size=12)

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from eval.runs import with_flops
-from eval.summary import summarise
+from dit_accel.eval.runs import with_flops
+from dit_accel.eval.summary import summarise
 
 METHODS = {"full": "full", "no-op cache": "no-op", "cache": "method", "10 steps": "fewer steps"}
 STEPS = {"full": 20, "no-op cache": 20, "cache": 20, "10 steps": 10}

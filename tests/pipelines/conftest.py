@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from dit_accel.pipelines.cli import app
 
 
 @pytest.fixture

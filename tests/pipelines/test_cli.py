@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import generation, job
-from pipelines.loading import load
+from dit_accel.pipelines import generation, job
+from dit_accel.pipelines.loading import load
 
 
 def pixels(path) -> np.ndarray:
@@ -225,7 +225,7 @@ def test_presets_and_selectors_from_a_file(make, tmp_path):
 
 def test_lists(run):
     import dit_accel
-    from pipelines.catalog import CATALOG
+    from dit_accel.pipelines.catalog import CATALOG
 
     result = run("pipelines")
     assert result.exit_code == 0 and all(name in result.stdout for name in CATALOG)
@@ -239,7 +239,7 @@ def test_help_and_version_do_not_wait_for_torch():
         code = f"""
 import sys
 sys.argv = ["dit-accel", *{arguments!r}]
-from pipelines.cli import main
+from dit_accel.pipelines.cli import main
 try:
     main()
 except SystemExit as end:

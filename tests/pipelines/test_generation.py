@@ -8,7 +8,7 @@ import torch
 from diffusers import PixArtAlphaPipeline
 
 from dit_accel import TokenCacheConfig
-from pipelines.generation import DenoisingClock, Settings, compare, generate, settings_for
+from dit_accel.pipelines.generation import DenoisingClock, Settings, compare, generate, settings_for
 
 PROMPTS = ["red apple", "blue tiger"]
 CACHE = TokenCacheConfig(interval=2, cache_ratio=0.5, selector="random")

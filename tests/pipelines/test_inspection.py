@@ -10,7 +10,7 @@ from PIL import Image
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from pipelines import inspection
+from dit_accel.pipelines import inspection
 
 
 def test_uniformity_by_hand():

@@ -15,8 +15,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from pipelines import catalog, loading
-from pipelines.loading import LoadError, load, pick_device, pick_dtype, understand
+from dit_accel.pipelines import catalog, loading
+from dit_accel.pipelines.loading import LoadError, load, pick_device, pick_dtype, understand
 
 
 def test_load_gives_the_pipeline_of_the_folder(flux_path, pixart_path, tiny_flux):

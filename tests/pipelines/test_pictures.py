@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused, write_atomically
+from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused, write_atomically
 
 
 def noise_image(seed: int, size: tuple[int, int] = (20, 12)) -> Image.Image:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.prompts import cut_text, read_prompts, unknown_words
+from dit_accel.pipelines.prompts import cut_text, read_prompts, unknown_words
 
 
 @pytest.fixture(params=["flux", "pixart"])

@@ -12,7 +12,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, PixArtSigmaPipeline, PixArtTransformer2DModel
 from PIL import Image, ImageFilter
 
-from eval.rewards import load_reward
+from dit_accel.eval.rewards import load_reward
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 

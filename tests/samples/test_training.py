@@ -16,7 +16,7 @@ from diffusers import FluxPipeline, PixArtSigmaPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval.rewards import ImageReward
+from dit_accel.eval.rewards import ImageReward
 
 SCRIPTS = Path(__file__).parents[2] / "samples" / "training"
 SETS = ("noto", "fluent-flat", "fluent-3d", "noto-v1", "twemoji", "emojione")
