@@ -76,7 +76,7 @@ def selecting(name: str, layer: Layer, tokens: int, config: TokenCacheConfig, **
         if need == "attention":
             return importance.attention_received(heads[:, asked], heads)
         if need == "entropy":
-            return importance.attention_entropy(heads, words, None)
+            return importance.attention_entropy(heads, words, None, False)
         if need == "last_tokens":
             return states.clone()
         return key_and_value_observations(lambda _: heads, frozenset({need}))[need]

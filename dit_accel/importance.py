@@ -1,4 +1,4 @@
-"""Attention received and attention's entropy per token, in memory that grows with the tokens alone."""
+"""Attention received and the entropy of attention to the text per token, in memory that grows with the tokens alone."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return received / (query.shape[1] * query.shape[2])
 
 
-def attention_entropy(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Entropy in nats of every row of softmax(Q K^T / sqrt(D) + mask), mean over heads.
+def attention_entropy(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, halves: bool) -> torch.Tensor:
+    """ToCa's score of attention to the text: 1 - sum c log(c + 1e-7), with c a row of the map averaged over heads.
 
     Args:
         query: [B, N, H, D]; key: [B, T, H, D].
         mask: None or [B, 1, T], added to the scores of all heads and queries.
+        halves: whether the batch has both halves of guidance, whose maps are then averaged too.
 
     Returns:
         [B, N] in float32.
@@ -56,5 +57,8 @@ def attention_entropy(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
         scores = part * scale @ key
         if mask is not None:
             scores = scores + mask[:, None].float()
-        rows.append(torch.special.entr(scores.softmax(dim=-1)).sum(dim=-1).mean(dim=1))
+        seen = scores.softmax(dim=-1).mean(dim=1)  # [B, n, T]
+        if halves:
+            seen = seen.unflatten(0, (2, -1)).mean(dim=0).repeat(2, 1, 1)
+        rows.append(1 - (seen * (seen + 1e-7).log()).sum(dim=-1))
     return torch.cat(rows, dim=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_accel import how, when
 from dit_accel.clock import Moment
-from dit_accel.config import OutputCacheConfig, each
+from dit_accel.config import OutputCacheConfig, TokenCacheConfig, each
 from dit_accel.when import Mode
 
 
@@ -120,9 +120,11 @@ def difference(config: OutputCacheConfig, now: float, past: Past) -> tuple[float
     return tuple(how.coefficients(config.how, past.guided, now, config.guidance_order)) if past.guided else ()
 
 
-def rule(config: OutputCacheConfig) -> when.Rule:
+def rule(config: OutputCacheConfig | TokenCacheConfig) -> when.Rule:
     """How many steps after a full step the next one comes."""
-    if config.full_steps is not None:
+    if isinstance(config, TokenCacheConfig):
+        chosen = when.spread(config.interval, config.interval_spread)
+    elif config.full_steps is not None:
         chosen = when.listed(config.full_steps)
     elif config.tolerance is not None:
         chosen = when.within(config.tolerance, config.interval)

@@ -12,10 +12,10 @@ from dit_accel import fill, merging, when
 from dit_accel.clock import Call, Moment
 from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.merge_site import MergeSite, Shared
-from dit_accel.plan import Record, Todo
+from dit_accel.plan import Record, Todo, rule
 from dit_accel.site import Memory, Site, choose_together
 from dit_accel.store import forget_numbers
-from dit_accel.when import Matched, Mode
+from dit_accel.when import Matched, Mode, Progress
 
 
 @dataclass
@@ -139,12 +139,8 @@ class Run:
         mode = Mode.FULL if gaps or nothing_cached or step >= branch.next_full_step else Mode.PARTIAL
         distance = step - branch.full_step
         if mode is Mode.FULL:
-            wait = (
-                1
-                if step + 1 < config.warmup_steps
-                else when.interval_after(step, config.interval, config.interval_spread, self.steps)
-            )
-            branch.full_step, branch.next_full_step = step, step + wait
+            branch.full_step = step
+            branch.next_full_step = step + rule(config)(Progress(step, self.steps, (), 0))
         order = config.forecast_order if config.fill == "forecast" else 0
         at_distance = torch.tensor(float(max(1, distance)), device=device) if order else None
         weights = [torch.tensor(w, device=device) for w in fill.taylor_weights(distance, order)]

@@ -141,6 +141,19 @@ def every(interval: int) -> Rule:
     return lambda progress: interval
 
 
+def spread(interval: int, spread: float) -> Rule:
+    """An interval that shrinks along the run (ToCa on PixArt), see `interval_after`."""
+    return lambda progress: interval_after(progress.step, interval, spread, progress.steps)
+
+
+def full_steps(rule: Rule, steps: int) -> list[int]:
+    """The full steps of a run, by a rule that asks for no error."""
+    found = [0]
+    while (step := found[-1] + rule(Progress(found[-1], steps, (), len(found)))) < steps:
+        found.append(step)
+    return found
+
+
 def listed(steps: tuple[int, ...]) -> Rule:
     """Full steps by number; after the last one there are none."""
     return lambda progress: next((s for s in steps if s > progress.step), progress.step + 10**9) - progress.step

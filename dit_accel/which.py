@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from dit_accel.tiles import from_tiles, to_tiles
+
 CHUNK = 64  # tokens whose similarities to all others exist at the same time
 ROWS = 512  # tokens that exist in float32 at the same time
 
@@ -28,7 +30,7 @@ OBSERVATIONS = {
     "key_norms": "L2 norms of these keys, mean over heads, [B, N]",
     "value_norms": "L2 norms of these values, mean over heads, [B, N]",
     "attention": "attention that each token received on the last full step, mean over heads and queries, [B, N]",
-    "entropy": "entropy of each token's attention to the text on the last full step, mean over heads, [B, N]",
+    "entropy": "1 plus the entropy of each token's attention to the text when it was last computed, mean over heads, [B, N]",
     "last_tokens": "inputs of the layer when each token was last computed, [B, N, C]",
 }
 
@@ -261,22 +263,6 @@ def nearness(tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         others = unit.gather(1, part[..., None].expand(-1, -1, unit.shape[-1]))
         near = torch.maximum(near, (unit @ others.transpose(1, 2)).amax(dim=-1))
     return near
-
-
-def to_tiles(values: torch.Tensor, grid: tuple[int, int], side: int, fill: float) -> torch.Tensor:
-    """[R, H * W] -> [R, tiles, side * side]; a row of one (H = 1) is cut into pieces of `side`. Ragged edges hold `fill`."""
-    (height, width), down = grid, side if grid[0] > 1 else 1
-    padded = F.pad(values.view(-1, height, width), (0, -width % side, 0, -height % down), value=fill)
-    rows, columns = padded.shape[1] // down, padded.shape[2] // side
-    return padded.view(-1, rows, down, columns, side).transpose(2, 3).reshape(-1, rows * columns, down * side)
-
-
-def from_tiles(tiled: torch.Tensor, grid: tuple[int, int], side: int) -> torch.Tensor:
-    """The inverse of `to_tiles`: [R, tiles, side * side] -> [R, H * W]."""
-    (height, width), down = grid, side if grid[0] > 1 else 1
-    rows, columns = -(-height // down), -(-width // side)
-    padded = tiled.view(-1, rows, columns, down, side).transpose(2, 3).reshape(-1, rows * down, columns * side)
-    return padded[:, :height, :width].flatten(1)
 
 
 def total_scores(

@@ -9,7 +9,7 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models import attention as diffusers_attention
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from dit_accel import which
+from dit_accel import fill, which
 from dit_accel.families import blocks
 from dit_accel.families.attention import (
     MERGED,
@@ -54,6 +54,7 @@ class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
         crossing = self.site is not None and self.site.stream == "cross-attention" and self.site.mode is not Mode.PLAIN
         needs = self.observing & (frozenset({"entropy"}) if crossing else OBSERVATIONS - {"entropy"})
         source = Listening(attn, self.site.memory.text if crossing and self.site else None) if needs or crossing else attn
+        again = crossing and self.scored and "entropy" in self.scored[0].memory.observed
 
         def compute(tokens: torch.Tensor, take: Take) -> Any:
             return self.inner(source, tokens, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
@@ -67,6 +68,10 @@ class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
             seen = self._observe(source, attention_mask, needs)
             for site in self.scored:
                 site.memory.observed = {**site.memory.observed, **seen}
+        elif again and "to_q" in source.heard:  # both sites share the observation
+            assert self.site is not None and self.site.selected is not None
+            seen = self._observe(source, attention_mask, frozenset({"entropy"}))
+            fill.put(self.scored[0].memory.observed["entropy"][..., None], self.site.selected, seen["entropy"][..., None])
         return output
 
     def _observe(self, attn: Listening, mask: torch.Tensor | None, needs: frozenset[str]) -> dict[str, torch.Tensor]:
@@ -82,7 +87,7 @@ class PixArtTokenCacheAttnProcessor(TokenCacheAttnProcessor):
             stride = query_stride(attn.projection(0).shape[1], self.scored[0].config.query_share)
             seen["attention"] = attention_received(heads(0, norm=True, stride=stride), heads(1, norm=True))
         if "entropy" in needs:
-            seen["entropy"] = attention_entropy(heads(0, norm=True), heads(1, norm=True), mask)
+            seen["entropy"] = attention_entropy(heads(0, norm=True), heads(1, norm=True), mask, self.scored[0].halves)
         return seen
 
 

@@ -368,13 +368,23 @@ def pixart_forward(model, cache: Cache, latents, text, mask, timestep, merge=Non
         asking = merge.mixed(x) if merge.config.merge_cross_attention else x
         if cache.full:
             received = softmax_map(query, key).mean(dim=(1, 2))
+            seen = lists(received=received, k=norms(key), v=norms(value))
+            cache.seen[(i, "cross"), "seen"] = cache.seen[(i, "ff"), "seen"] = seen
+        if cache.config.selector == "cross-entropy":
             logits = torch.einsum("bqhd,bkhd->bhqk", split(block.attn2.to_q(asking)), split(block.attn2.to_k(text)))
             maps = (logits / math.sqrt(key.shape[-1]) + bias[:, None]).double().softmax(-1)
-            entropy = -(maps * maps.clamp(min=1e-300).log()).sum(-1).mean(1)
-            seen = lists(received=received, k=norms(key), v=norms(value), entropy=entropy)
-            cache.seen[(i, "cross"), "seen"] = cache.seen[(i, "ff"), "seen"] = seen
+            maps = maps.mean(1)
+            if cache.halves:
+                maps = torch.cat([(maps[: batch // 2] + maps[batch // 2 :]) / 2] * 2)
+            entropy = [[1 - sum(c * math.log(c + 1e-7) for c in row) for row in rows] for rows in maps.tolist()]
+            if cache.full:
+                seen["entropy"] = entropy
         cross = block.attn2(asking, encoder_hidden_states=text, attention_mask=bias)
         x = x + cache.tokenwise((i, "cross"), cross, x, "cross-attention", i)
+        if cache.config.selector == "cross-entropy":  # the rows of the tokens just computed are renewed
+            known = cache.seen[(i, "cross"), "seen"]["entropy"]
+            for b, ages in enumerate(cache.ages[(i, "cross")]):
+                known[b] = [new if age == 0 else old for new, old, age in zip(entropy[b], known[b], ages, strict=True)]
         inputs = block.norm2(x) * (1 + c2) + s2
         x = x + g2 * cache.tokenwise((i, "ff"), block.ff(merge.mlp(inputs)), x, "feed-forward", i)
     shift, scale = (model.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)

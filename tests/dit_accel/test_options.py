@@ -204,12 +204,18 @@ def test_a_block_whose_processor_was_replaced_is_computed_in_full(tiny_flux):
 
 def test_a_cache_of_diffusers_enabled_afterwards_is_noticed(tiny_flux):
     pipe = dit_accel.apply(tiny_flux(), CONFIG)
-    with pytest.raises(ValueError, match="dit_accel.* not registered"):  # diffusers' own words
-        pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    run = lambda: pipe(
+        "a", height=64, width=48, num_inference_steps=4, max_sequence_length=8, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    cached = run()
     broadcast = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
-    pipe.transformer.enable_cache(broadcast)
-    with pytest.raises(RuntimeError, match="disable_cache"):
-        pipe("a", height=64, width=48, num_inference_steps=2, max_sequence_length=8, output_type="latent")
+    for other in (FirstBlockCacheConfig(), broadcast):
+        pipe.transformer.enable_cache(other)
+        with pytest.raises(RuntimeError, match=r"disable_cache\(\) first, or dit_accel\.remove"):
+            run()
+        pipe.transformer.disable_cache()
+        assert torch.equal(run(), cached)
 
 
 @torch.no_grad()

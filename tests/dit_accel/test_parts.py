@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import dit_accel
 from dit_accel import TokenCacheConfig, fill, importance, which
-from dit_accel.state import Inputs, Run
-from dit_accel.when import Mode, tokens_to_compute
+from dit_accel.plan import rule
+from dit_accel.when import full_steps, tokens_to_compute
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,7 @@ def test_published_full_steps():
     """ToCa on FLUX, 50 steps: 14, 12 and 10 full steps for N = 4, 5, 6; FORA: every N-th."""
 
     def full(preset, steps, **changes):
-        config, _modes, nothing = TokenCacheConfig.preset(preset, **changes), [], torch.zeros(1, 1, 1)
-        run = Run(config)
-        with torch.no_grad():
-            for step in range(steps):
-                time = torch.tensor([float(steps - step)])
-                run.begin_call(Inputs(nothing, nothing, time, None, False, lambda: (1, 1), lambda t: steps, False, dict))
-        return [call.step for call in run.calls if call.mode is Mode.FULL]
+        return full_steps(rule(TokenCacheConfig.preset(preset, **changes)), steps)
 
     assert full("toca-flux", 50) == [0, 1, 2, *range(6, 50, 4)]
     assert [len(full("toca-flux", 50, interval=n)) for n in (4, 5, 6)] == [14, 12, 10]
