@@ -1,8 +1,9 @@
 """Which run, step, time and guidance branch a call of a transformer belongs to.
 
 A pipeline's scheduler knows all of it on the host: its `timesteps` are another tensor in every run, and its `step_index` moves on
-between steps. So nothing is read from the device, except once when a run begins. Where no scheduler drives the calls (a sampling
-loop of one's own), the time is read from the call's argument, and what cannot be the next step of the same run starts afresh.
+between steps. So nothing is read from the device, except on the first step of a run. Where no scheduler drives the calls (a
+sampling loop of one's own), the time is read from the call's argument, and what cannot be the next step of the same run starts
+afresh.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ ARGUMENTS: tuple[Callable[[float], float], ...] = (lambda t: t, lambda t: t / 10
 AGAIN = "the transformer was called again at the same timestep with the same text"
 ROSE = "the time rose"
 ANEW = "the scheduler was set anew"
+MOST = 16  # guidance branches
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,15 @@ class Clock:
         time = self._times[index] if index is not None else _number(call.timestep)
         text, name = _Text.of(call.text), getattr(call.context, "name", None)
         branch = self._find(name, text, index, time) if self._running and not why else None
-        if branch is not None and index is not None and branch.step == index - self._start:
-            # The scheduler has not moved on between two calls of one branch: it does not drive them.
-            self._driven, index, time = False, None, _number(call.timestep)
+        still = branch is not None and index is not None and branch.step == index - self._start
+        if still:  # the scheduler has not moved on between two calls of one branch: it does not drive them
+            self._driven, index, expected, time = False, None, time, _number(call.timestep)
+            why = AGAIN if not self._told or _near(expected, time) else ""  # half precision rounds down, too
         if index is None and self._running and not why:
             why = self._against(time, branch)
-        again = why == AGAIN and time == self._time
+        again = why == AGAIN and (still or time == self._time)
+        if self._running and not why and branch is None and len(self._branches) == MOST:
+            why = f"the transformer was called with more than {MOST} texts at a time"
         if begins := bool(why) or not self._running:
             self.why, self._branches, branch = why if why != ANEW else "", [], None
             self._running, self._signature, self._start = True, signature, index or 0
@@ -170,30 +175,32 @@ class Clock:
         index = getattr(call.context, "step_index", None)
         if index is None:
             index = _place(call.timestep, timesteps)
-        if index is None and hasattr(scheduler, "step_index"):
-            index = scheduler.step_index
-            index = getattr(scheduler, "begin_index", None) or 0 if index is None else index
+        counts = hasattr(scheduler, "step_index")
+        if index is None and counts:
+            index = scheduler.step_index if scheduler.step_index is not None else getattr(scheduler, "begin_index", None)
+            index = self._start if index is None and not why else index
         if why:
-            index = self._read(index, _number(call.timestep))
+            index = self._read(index, _number(call.timestep), counts)
         elif index is None or (self._told and not _on_device(call.timestep)):
             index = self._checked(index, _number(call.timestep))
         if index is None or index >= len(self._times):
             self._driven = False
-            return None, why
+            return None, why or ("" if self._told else "the scheduler no longer tells the time")
         if self._running and not why and index < self._start + self._step:
             why = "the scheduler went back"
         return index, why
 
-    def _read(self, index: int | None, number: float) -> int | None:
+    def _read(self, index: int | None, number: float, counts: bool) -> int | None:
         """The step of a run's first call, told this number; from now on times are what the transformer is told."""
         times = self._times
-        for argument in ARGUMENTS:
-            self._times = tuple(argument(t) for t in times)
-            if (found := self._checked(index, number)) is not None:
-                self._told = True
-                return found
+        for place in (0, None) if index is None else (index,):
+            for argument in ARGUMENTS:
+                self._times = tuple(argument(t) for t in times)
+                if (found := self._checked(place, number)) is not None:
+                    self._told = True
+                    return found
         self._times, self._told = times, False  # told something else altogether: the scheduler's moving on is what counts
-        return index
+        return 0 if index is None and counts else index
 
     def _checked(self, index: int | None, number: float) -> int | None:
         """The step if the transformer may be told this number there; of a scheduler that counts no steps, the step it is told."""
@@ -223,7 +230,7 @@ class Clock:
                 if same(branch.text, text):
                     return branch
         waiting = [b for b in unnamed if (b.step != index - self._start if index is not None else b.time != time)]
-        return waiting[0] if waiting and (len(waiting) == len(unnamed) or len(unnamed) > 1) else None
+        return waiting[0] if waiting else None
 
 
 def _place(timestep: Any, timesteps: torch.Tensor) -> int | None:
@@ -234,8 +241,8 @@ def _place(timestep: Any, timesteps: torch.Tensor) -> int | None:
         return None
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None
-    index = int(timestep.storage_offset() - timesteps.storage_offset())
-    return index if 0 <= index < len(timesteps) else None
+    index, rest = divmod(timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0))
+    return int(index) if 0 <= index < len(timesteps) and not rest else None
 
 
 def _on_device(timestep: Any) -> bool:
