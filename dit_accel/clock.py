@@ -241,8 +241,8 @@ def _place(timestep: Any, timesteps: torch.Tensor) -> int | None:
         return None
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None
-    index, rest = divmod(timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0))
-    return int(index) if 0 <= index < len(timesteps) and not rest else None
+    index, rest = divmod(int(timestep.storage_offset() - timesteps.storage_offset()), timesteps.stride(0))
+    return index if 0 <= index < len(timesteps) and not rest else None
 
 
 def _on_device(timestep: Any) -> bool:
