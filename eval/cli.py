@@ -74,7 +74,7 @@ def run(
     r"""Make, score, compare and time the pictures of every method. Interrupted at any moment, the same command goes on.
 
     Runs in full, with fewer steps and with a cache that caches nothing are added by themselves. On several GPUs or machines, put
-    [bold]accelerate launch -m dit_accel.eval.cli[/] in place of dit-accel-eval.
+    [bold]accelerate launch -m dit_accel.eval[/] in place of dit-accel-eval.
 
     [bold]Examples[/]
 
@@ -84,7 +84,7 @@ def run(
 
     The exit code is 1 if a picture or a method failed; the rows say why.
     """
-    with plain_errors(debug):
+    with plain_errors(debug, extra="eval"):
         from dit_accel.eval.spec import read_spec
 
         quiet()
@@ -131,7 +131,7 @@ def report(
     Quality against measured seconds, seconds against FLOPs, differences prompt by prompt, the worst and the best pictures beside
     their twins in full, selection maps, and how all of it was measured. Of a run that is not finished, what is there.
     """
-    with plain_errors(debug):
+    with plain_errors(debug, extra="eval"):
         from dit_accel.eval.folder import RunFolder
         from dit_accel.eval.report import write_report
 

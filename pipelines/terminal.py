@@ -10,6 +10,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from dit_accel.pipelines.extras import missing
+
 
 def show(table: Any) -> None:
     """On a terminal as wide as it is; in a file or a pipe as wide as needed."""
@@ -22,8 +24,11 @@ def err() -> Console:
 
 
 @contextmanager
-def plain_errors(debug: bool = False) -> Iterator[None]:
-    """Errors as one sentence and an exit code: 1 for what went wrong, 2 for wrong usage, 130 for Ctrl-C."""
+def plain_errors(debug: bool = False, extra: str = "cli") -> Iterator[None]:
+    """Errors as one sentence and an exit code: 1 for what went wrong, 2 for wrong usage, 130 for Ctrl-C.
+
+    `extra` is what to install if a package is missing.
+    """
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -36,11 +41,13 @@ def plain_errors(debug: bool = False) -> Iterator[None]:
             raise
         from rich.markup import escape
 
-        err().print(f"[red]Error:[/] {escape(sentence(error))}", highlight=False)
+        err().print(f"[red]Error:[/] {escape(sentence(error, extra))}", highlight=False)
         raise typer.Exit(1) from None
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: Exception, extra: str) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return missing(error, extra)
     from dit_accel.pipelines.loading import LoadError
 
     if type(error).__name__ == "OutOfMemoryError":

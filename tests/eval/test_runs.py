@@ -28,7 +28,7 @@ from dit_accel.eval.timing import matching_steps
 from dit_accel.pipelines.loading import load
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "dit_accel.eval.cli", "run"]
+COMMAND = [sys.executable, "-m", "dit_accel.eval", "run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 KEYS = ["pipeline", "method", "prompt", "seed"]
 MEASURED = ["seconds", "denoising_seconds"]  # what two runs of the same need not agree on
@@ -227,7 +227,7 @@ def test_two_processes_give_the_rows_of_one(finished, spec_file, tmp_path):
     spec = spec_file()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    arguments = ["-m", "dit_accel.eval.cli", "run", str(spec), "--output", str(tmp_path / "run")]
+    arguments = ["-m", "dit_accel.eval", "run", str(spec), "--output", str(tmp_path / "run")]
     done = subprocess.run([*launch, *arguments], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr
     same_rows(rows_of(output), rows_of(tmp_path / "run"))
