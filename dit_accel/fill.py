@@ -35,9 +35,12 @@ def put(features: torch.Tensor, index: torch.Tensor, computed: torch.Tensor) -> 
 
 def narrow(features: torch.Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """To a type and a device; numbers beyond the type's range become its largest."""
-    if dtype != features.dtype and torch.finfo(dtype).max < torch.finfo(features.dtype).max:
-        features = features.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-    return features.to(device, dtype)
+    most = torch.finfo(dtype).max
+    if most >= torch.finfo(features.dtype).max:
+        return features.to(device, dtype)
+    if dtype.itemsize == 1:  # float8 has no infinity that could be clamped afterwards
+        return features.clamp(-most, most).to(device, dtype)
+    return features.to(device, dtype).clamp_(-most, most)  # before, bfloat16 would round float16's largest up
 
 
 def expansion(features: Any, past: tuple[Any, ...], distance: torch.Tensor | None) -> tuple[Any, ...]:
