@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from dit_accel.plan import Record, Todo
 
 HOOK = "dit_accel"
 CACHES = ("_cache", "pyramid_attention_broadcast")  # how the modules of diffusers' own caches are named
-LATENTS, TIMESTEP = ("hidden_states", "x"), ("timestep", "t")  # arguments of a transformer's forward
-TEXT = ("encoder_hidden_states", "cap_feats", "class_labels")  # which tells guidance branches apart
+LATENTS, TIMESTEP = ("hidden_states", "x"), ("timestep", "t", "timesteps")  # arguments of a transformer's forward
+# Of which the text tells guidance branches apart.
+TEXT = ("encoder_hidden_states", "encoder_hidden_states_t5", "cap_feats", "text_bth", "input_ids", "class_labels")
 WASTED = 3  # runs in a row that begin in the middle of another one before a warning says so
 
 
@@ -71,6 +73,7 @@ class EngineHook(ModelHook):  # type: ignore[misc]
         self.clock = Clock(lambda: getattr(known(), "scheduler", None))
         self.names = Names(object)
         self.wasted, self.told = 0, False
+        self.busy = threading.Lock()  # while a call is under way
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         self.signature = inspect.signature(type(module).forward)
@@ -129,14 +132,22 @@ def attach(transformer: Any, engine: Engine, pipeline: Any) -> None:
         @functools.wraps(stock)
         @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
         def forward(*args: Any, **kwargs: Any) -> Any:
-            todo = hook.decide(transformer, args, kwargs)
-            if todo.done:
-                return todo.output
-            if todo.change is not None:
-                args, kwargs = todo.change((args, kwargs))
-            with todo.within:
-                output = stock(*args, **kwargs)
-            return output if todo.then is None else todo.then(output)
+            if not hook.busy.acquire(blocking=False):
+                raise RuntimeError(
+                    "This transformer was called from two threads at once while dit_accel is applied, which would mix what it "
+                    "remembers of them. Give each thread a transformer of its own, or let one wait for the other."
+                )
+            try:
+                todo = hook.decide(transformer, args, kwargs)
+                if todo.done:
+                    return todo.output
+                if todo.change is not None:
+                    args, kwargs = todo.change((args, kwargs))
+                with todo.within:
+                    output = stock(*args, **kwargs)
+                return output if todo.then is None else todo.then(output)
+            finally:
+                hook.busy.release()
 
         transformer.forward = forward
 
