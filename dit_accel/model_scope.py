@@ -24,7 +24,7 @@ from dit_accel.store import forget_numbers, later_rows
 from dit_accel.tokens import Selection, packing
 from dit_accel.when import Mode, Progress
 
-UNCONDITIONAL = ("uncond", "neg")  # how the names of such branches begin
+UNCONDITIONAL = ("uncond", "pred_uncond", "neg")  # how the names of such branches begin
 
 
 @dataclass
@@ -137,7 +137,7 @@ class OutputCache:
     def _given(self, moment: Moment, branch: Branch, leaves: list[Any]) -> Any:
         """The output of these leaves; afterwards the call is over."""
         if moment.steps is not None and moment.step + 1 == moment.steps:  # nothing will be forecast any more
-            branch.outputs, branch.differences, branch.past, branch.tokens = [], [], Past(), Memory()
+            branch.outputs, branch.differences, branch.past, branch.tokens = [], [], Past(number=branch.past.number), Memory()
         used = sum(b.bytes() for b in self.branches.values())
         self.calls[-1] = replace(self.calls[-1], cache_bytes=used)
         assert self.spec is not None
