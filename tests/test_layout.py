@@ -14,7 +14,7 @@ import dit_accel
 ROOT = Path(__file__).parent.parent
 # Folders and their import names; each may import itself and what stands before it.
 LAYERS = {"dit_accel": "dit_accel", "pipelines": "dit_accel.pipelines", "eval": "dit_accel.eval"}
-PURE = ("clock", "config", "how", "importance", "merging", "plan", "when", "which")
+PURE = ("clock", "config", "how", "importance", "merging", "options", "plan", "when", "which")
 MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import dit_accel
-from dit_accel import TokenCacheConfig, importance
+from dit_accel import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig, importance
 from dit_accel.families.flux import FluxTokenCacheAttnProcessor
 from dit_accel.families.pixart import PixArtTokenCacheAttnProcessor
 from dit_accel.when import Mode
@@ -350,3 +350,11 @@ def test_a_full_step_that_was_cut_short_is_followed_by_another(tiny_flux):
         call(model)
     hook.remove()
     assert torch.equal(call(model), call(plain))
+
+
+@pytest.mark.parametrize("config", [TokenCacheConfig, TokenMergeConfig, OutputCacheConfig])
+def test_every_option_is_explained_where_it_is_declared(config):
+    text = " ".join(config.__doc__.split())
+    for field in fields(config):
+        assert f"{field.name}: {field.metadata['help']}" in text
+        assert config.kinds()[field.name]
