@@ -85,6 +85,8 @@ def apply(model: Model, config: Config | Sequence[Config], *, record: bool = Fal
         ValueError: for a selector or an option that this family has no use for.
         RuntimeError: when something else that cannot be combined is active; the message says what to switch off.
     """
+    if isinstance(config, (list, tuple)) and len(config) == 1:
+        [config] = config
     if isinstance(config, OutputCacheConfig):
         _attach_output_cache(model, config)
     else:
@@ -113,8 +115,8 @@ def _understand(config: Any) -> tuple[TokenCacheConfig, TokenMergeConfig | None]
     merges = [c for c in given if isinstance(c, TokenMergeConfig)]
     if not given or len(caches) + len(merges) != len(given) or len(caches) > 1 or len(merges) > 1:
         raise TypeError(
-            "The configuration must be a TokenCacheConfig, a TokenMergeConfig, or a list of one of each, not "
-            f"{', '.join(type(c).__name__ for c in given) or 'empty'}."
+            "The configuration must be a TokenCacheConfig, a TokenMergeConfig, or a list of one of each; or an OutputCacheConfig "
+            f"alone; not {', '.join(type(c).__name__ for c in given) or 'empty'}."
         )
     return caches[0] if caches else TokenCacheConfig(interval=1), merges[0] if merges else None
 

@@ -9,15 +9,16 @@ import json
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
-from dit_accel import TokenCacheConfig, TokenMergeConfig
+from dit_accel.config import TokenCacheConfig
 from dit_accel.eval.prompt_sets import read_prompt_set
-from dit_accel.pipelines.methods import Config
+from dit_accel.pipelines.methods import SECTIONS, Config
 
-PAIRS = ("stride", "rematch_every")  # options whose value is a list of two itself
+# Options whose value may be a list itself: to sweep one, give a list that holds a list.
+LISTS = {name for kind in SECTIONS.values() for name, kinds in kind.kinds().items() for one in kinds if get_origin(one) is tuple}
 FULL, NO_OP = "full", "no-op cache"
 
 
@@ -32,8 +33,7 @@ class Cell:
 
     def options(self) -> dict[str, Any]:
         """Everything that the cell sets, as plain values."""
-        parts = {"cache": TokenCacheConfig, "merge": TokenMergeConfig}
-        found = {name: c.to_dict() for name, kind in parts.items() for c in self.configs if isinstance(c, kind)}
+        found = {name: c.to_dict() for name, kind in SECTIONS.items() for c in self.configs if isinstance(c, kind)}
         return {**found, **({"steps": self.steps} if self.steps else {})}
 
 
@@ -45,7 +45,7 @@ class Spec:
         pipelines: names, hub ids or folders.
         prompts: in the order in which they are made.
         seeds: pictures of every prompt.
-        methods: each a grid of `cache`, `merge` and `steps`, whose options may be lists.
+        methods: each a grid of `cache`, `merge`, `output` and `steps`, whose options may be lists.
         scores: rewards by name, path or hub id; see `dit_accel.eval.rewards.load_reward`. The first is what the report is about.
         margin: the largest loss of the first score that does not matter, declared before the results are seen.
         steps, guidance, height, width: for all pipelines, if not their own.
@@ -149,14 +149,16 @@ def _cells(methods: tuple[dict[str, Any], ...]) -> list[Cell]:
     """Full, the cache that caches nothing, and every point of every method's grid."""
     cells = [Cell(FULL, kind="full"), Cell(NO_OP, (TokenCacheConfig(interval=1),), kind="no-op")]
     for method in methods:
-        if not isinstance(method, dict) or not method or set(method) - {"cache", "merge", "steps"}:
-            raise ValueError(f"A method sets cache, merge or steps (or several), not {method!r}.")
-        grids = [_grid(method.get(part) or {}) if part in method else [None] for part in ("cache", "merge")]
+        if not isinstance(method, dict) or not method or set(method) - {*SECTIONS, "steps"}:
+            raise ValueError(f"A method sets cache, merge, output or steps (or several), not {method!r}.")
+        if "output" in method and set(method) - {"output", "steps"}:
+            raise ValueError("output works alone; make cache and merge methods of their own.")
+        grids = [_grid(method.get(section) or {}) if section in method else [None] for section in SECTIONS]
         steps = method.get("steps")
-        for cache, merge, count in itertools.product(*grids, steps if isinstance(steps, list) else [steps]):
+        for *options, count in itertools.product(*grids, steps if isinstance(steps, list) else [steps]):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise ValueError(f"steps must be a whole number of at least 1, not {count!r}.")
-            cells.append(_cell(cache, merge, count))
+            cells.append(_cell(dict(zip(SECTIONS, options, strict=True)), count))
     seen: set[str] = set()
     for cell in cells:
         if cell.label in seen:
@@ -165,17 +167,15 @@ def _cells(methods: tuple[dict[str, Any], ...]) -> list[Cell]:
     return cells
 
 
-def _cell(cache: dict[str, Any] | None, merge: dict[str, Any] | None, steps: int | None) -> Cell:
+def _cell(sections: dict[str, dict[str, Any] | None], steps: int | None) -> Cell:
     configs: list[Config] = []
     words = []
-    if cache is not None:
-        preset = cache.get("preset")
-        rest = {name: value for name, value in cache.items() if name != "preset"}
-        configs.append(TokenCacheConfig.preset(preset, **rest) if preset else TokenCacheConfig.from_dict(rest))
-        words.append(_label("cache", cache))
-    if merge is not None:
-        configs.append(TokenMergeConfig.from_dict(merge))
-        words.append(_label("merge", merge))
+    for section, options in sections.items():
+        if options is not None:
+            rest = dict(options)
+            preset = rest.pop("preset", None) if section == "cache" else None
+            configs.append(TokenCacheConfig.preset(preset, **rest) if preset else SECTIONS[section].from_dict(rest))
+            words.append(_label(section, options))
     if steps is not None:
         words.append(f"{steps} steps")
     return Cell(" + ".join(words), tuple(configs), steps, "method" if configs else "fewer steps")
@@ -198,7 +198,7 @@ def _grid(options: dict[str, Any]) -> list[dict[str, Any]]:
     """All combinations of options whose values are lists."""
     choices = []
     for name, value in options.items():
-        sweeps = isinstance(value, list) and not (name in PAIRS and not any(isinstance(part, list) for part in value))
+        sweeps = isinstance(value, list) and not (name in LISTS and not any(isinstance(part, list) for part in value))
         choices.append([(name, one) for one in (value if sweeps else [value])])
     return [dict(combination) for combination in itertools.product(*choices)]
 

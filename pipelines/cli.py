@@ -35,8 +35,8 @@ def root(
 
 
 @app.command()
+@options.with_options_of("token-cache", "output-cache", "token-merge")
 def generate(
-    context: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(help="What to make; several prompts make several pictures.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="Read more prompts from a file, one a line; # starts a comment.")
@@ -51,39 +51,13 @@ def generate(
     method: Annotated[
         options.Method,
         typer.Option(
-            help="none computes everything; token-cache reuses most tokens between full steps; token-merge attends to fewer "
-            "tokens on every step; both together merge on the full steps."
+            help="none computes everything; token-cache reuses most tokens between full steps; output-cache forecasts the "
+            "transformer's output there; token-merge attends to fewer tokens on every step; with token-cache it merges on the "
+            "full steps."
         ),
     ] = options.Method.token_cache,
-    preset: options.Preset = None,
-    interval: options.Interval = None,
-    cache_ratio: options.CacheRatio = None,
-    selector: Annotated[
-        str | None,
-        typer.Option(
-            help="How the tokens to compute are chosen; see `dit-accel selectors`.",
-            show_default="random",
-            rich_help_panel=options.CACHE,
-        ),
-    ] = None,
     selector_file: options.SelectorFile = None,
-    warmup_steps: options.WarmupSteps = None,
-    age_weight: options.AgeWeight = None,
-    ratio_schedule: options.RatioSchedule = None,
-    spatial_bonus: options.SpatialBonus = None,
-    text_tokens: options.TextTokens = None,
-    fill: options.Fill = None,
-    forecast_order: options.ForecastOrder = None,
-    cache_dtype: options.CacheDtype = None,
-    cache_device: options.CacheDevice = None,
-    merge_ratio: options.MergeRatio = None,
-    merge_stride: options.MergeStride = None,
-    rematch_every: options.RematchEvery = None,
-    merge_warmup_steps: options.MergeWarmupSteps = None,
-    merge_keys_only: options.MergeKeysOnly = None,
-    merge_mlp: options.MergeMLP = None,
-    merge_cross_attention: options.MergeCrossAttention = None,
-    merge_proportional: options.MergeProportional = None,
+    preset: options.Preset = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     seed: Annotated[
@@ -99,6 +73,7 @@ def generate(
     device: options.Device = "auto",
     offload: options.Offload = "none",
     debug: options.Debug = False,
+    **given: Any,
 ) -> None:
     """Make pictures of prompts, and write each with its settings inside and in a JSON file beside it.
 
@@ -112,11 +87,16 @@ def generate(
 
       dit-accel generate "crab" --preset taylorseer --compare
 
+      dit-accel generate "crab" --method output-cache --full-steps 0,1,2,5,9,14,20 --order 1 --compare
+
       dit-accel generate "crab" --method token-merge --merge-ratio 0.5 --merge-keys-only --compare
 
       dit-accel generate "a red apple" --pipeline black-forest-labs/FLUX.1-schnell --offload model --method none
     """
-    options.refuse_idle(method, context.params)
+    given |= dict(preset=preset, selector_file=selector_file)
+    options.refuse_idle(method, given)
+    if method is options.Method.none and compare:
+        raise typer.BadParameter("--compare needs a method other than none.")
     with plain_errors(debug):
         prompts = list(prompts or [])
         if prompts_file:
@@ -133,51 +113,42 @@ def generate(
         from dit_accel.pipelines.loading import load, understand
 
         quiet()
-        config = options.configured(method, context.params)
+        config = options.configured(method, given)
         with usage():
             understand(dtype, device, offload)
         pipe = load(pipeline, dtype, device, offload)
-        given = dict(
-            steps=steps, guidance=guidance, seed=seed, num_images=num_images, batch_size=batch_size, height=height, width=width
-        )
+        asked = dict(steps=steps, guidance=guidance, seed=seed, num_images=num_images, batch_size=batch_size)
         with usage():
-            settings = settings_for(pipe, pipeline, **given)
+            settings = settings_for(pipe, pipeline, height=height, width=width, **asked)
         job = Job(pipe, pipeline, prompts, config, settings, output, err())
         job.warn()
         show(job.compare() if compare else job.generate())
 
 
 @app.command()
+@options.with_options_of("token-cache")
 def inspect(
     prompt: Annotated[str, typer.Argument(help="What to make.")],
     pipeline: options.Pipeline = "emoji-flux",
     output: Annotated[Path, typer.Option(help="Folder of the picture; made if needed, nothing in it is overwritten.")] = Path(
         "out"
     ),
-    selector: Annotated[
-        list[str] | None,
-        typer.Option(help="May be repeated.", show_default="all that the pipeline can use", rich_help_panel=options.CACHE),
-    ] = None,
+    selector: Annotated[list[str] | None, typer.Option(help="May be repeated.", show_default="all that can be used")] = None,
     selector_file: options.SelectorFile = None,
     preset: options.Preset = None,
-    interval: options.Interval = None,
-    cache_ratio: options.CacheRatio = None,
     age_weight: Annotated[
-        float,
-        typer.Option(
-            help="How much longer-cached tokens are preferred; 0 shows the selector alone.", rich_help_panel=options.CACHE
-        ),
+        float, typer.Option(help="How much longer-cached tokens are preferred; 0 shows the selector alone.")
     ] = 0.0,
-    spatial_bonus: options.SpatialBonus = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.", rich_help_panel=options.PICTURE)] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for the initial noise.", rich_help_panel=options.PICTURE)] = 0,
     height: options.Pixels = None,
     width: options.Pixels = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     offload: options.Offload = "none",
     debug: options.Debug = False,
+    **given: Any,
 ) -> None:
     """Draw how often each place of a picture was computed, selector by selector.
 
@@ -199,14 +170,8 @@ def inspect(
         quiet()
         if not prompt.strip():
             raise typer.BadParameter("Give a prompt that is not empty.")
-        config = options.cache_of(
-            selector_file,
-            preset,
-            interval=interval,
-            cache_ratio=cache_ratio,
-            age_weight=age_weight,
-            spatial_bonus=spatial_bonus,
-        )
+        given |= dict(selector_file=selector_file, preset=preset, age_weight=age_weight)
+        [config] = options.configured(options.Method.token_cache, given)
         if not 0 < config.cache_ratio < 1 or config.interval == 1:
             raise typer.BadParameter("Nothing would be selected: --cache-ratio must lie between 0 and 1, --interval be at least 2.")
         with usage():
@@ -245,6 +210,29 @@ def selectors() -> None:
         table = Table("name", "chooses")
         for name, description in dit_accel.selectors().items():
             table.add_row(name, description)
+        show(table)
+
+
+@app.command()
+def families() -> None:
+    """List the transformers of diffusers, and what works on each."""
+    with plain_errors():
+        from rich.table import Table
+
+        from dit_accel.families import FAMILIES
+        from dit_accel.families.table import FAMILIES as ROWS
+
+        table = Table(
+            *("family", "transformer", "forecast", "guidance", "packed, reuse", "packed, fresh", "module scope"),
+            caption="Forecast, guidance and packed tokens (--compute-ratio, with --attention reuse or fresh) are of output-cache; "
+            "module scope is token-cache and token-merge.",
+        )
+        for name, row in ROWS.items():
+            guidance = "yes, in one batch" if row.batched_guidance else "yes, in two calls"
+            fresh = f"no: {row.stale_only}" if row.stale_only else "yes"
+            module = "yes" if name in FAMILIES else "no"
+            table.add_row(name.split("Transformer")[0], name, "yes", guidance, "yes", fresh, module)
+        table.add_row("any other", "of diffusers", "yes", "yes, in two calls", "no", "no", "no")
         show(table)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import dit_accel
 from dit_accel.pipelines.catalog import find
-from dit_accel.pipelines.methods import Config, parts
+from dit_accel.pipelines.methods import Config, first_partial_step
 from dit_accel.pipelines.prompts import t5_tokenizer
 
 OnStep = Callable[[], None]
@@ -226,7 +226,7 @@ def switch(pipe: Any, config: Config | Sequence[Config] | None) -> None:
 def warm_up(pipe: Any, prompts: list[str], config: Config | Sequence[Config], settings: Settings) -> None:
     """A short run in full and one up to the first partial step: neither then pays for first-time work."""
     arguments = call_arguments(pipe, settings, lambda: None)
-    arguments["num_inference_steps"] = min(max(part.warmup_steps for part in parts(config).values()) + 1, settings.steps)
+    arguments["num_inference_steps"] = min(first_partial_step(config) + 1, settings.steps)
     batch = next(batches(prompts, settings))
     pipe.set_progress_bar_config(disable=True)
     for kind in (None, config):

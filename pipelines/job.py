@@ -68,7 +68,7 @@ class Job:
             "pipeline",
             "prompt",
             "seconds full",
-            "seconds cached" if "token-cache" in parts(self.config) else "seconds merged",
+            "seconds merged" if list(parts(self.config)) == ["token-merge"] else "seconds cached",
             "speed-up",
             "PSNR",
             "picture",

@@ -1,103 +1,33 @@
-"""Options that several commands of `dit-accel` share."""
+"""Options of the commands. Those of the methods are made from the configurations, where they have their names and their help."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import runpy
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
+from dit_accel.pipelines.methods import METHODS
 from dit_accel.pipelines.terminal import usage
 
-# Those of a method are None unless given, so that giving one without the method is an error.
-CACHE, MERGE, PICTURE, MACHINE = "Cache", "Merge", "Picture", "Machine"
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+PICTURE, MACHINE = "Picture", "Machine"
+PANELS = {"token-cache": "Token cache", "output-cache": "Output cache", "token-merge": "Token merge"}
 Pipeline = Annotated[str, typer.Option(help="A name of `dit-accel pipelines`, a hub id, or a diffusers folder.")]
 Preset = Annotated[
-    str | None, typer.Option(help="Published settings: toca-flux, toca-pixart, fora or taylorseer.", rich_help_panel=CACHE)
-]
-Interval = Annotated[
-    int | None, typer.Option(help="Compute everything on every N-th step.", show_default="4", rich_help_panel=CACHE)
-]
-CacheRatio = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of tokens taken from the cache on the other steps, 0 to 1.", show_default="0.9", rich_help_panel=CACHE
-    ),
-]
-WarmupSteps = Annotated[
-    int | None, typer.Option(help="Compute everything on the first steps.", show_default="1", rich_help_panel=CACHE)
-]
-AgeWeight = Annotated[
-    float | None,
-    typer.Option(
-        help="How much longer-cached tokens are preferred; 0 leaves it to the selector.", show_default="0.25", rich_help_panel=CACHE
-    ),
-]
-RatioSchedule = Annotated[
     str | None,
     typer.Option(
-        help="How the share varies with layer and step: constant or toca.", show_default="constant", rich_help_panel=CACHE
+        help="Published settings: toca-flux, toca-pixart, fora or taylorseer; options given as well change them.",
+        rich_help_panel=PANELS["token-cache"],
     ),
 ]
-SpatialBonus = Annotated[
-    float | None,
-    typer.Option(help="Raise the best token of every tile by this share.", show_default="0", rich_help_panel=CACHE),
-]
-TextTokens = Annotated[
-    str | None,
-    typer.Option(help="Text tokens (FLUX) on other steps: select, reuse or full.", show_default="select", rich_help_panel=CACHE),
-]
-Fill = Annotated[
-    str | None,
-    typer.Option(
-        help="reuse or forecast: tokens from the cache keep their last feature, or get a forecast.",
-        show_default="reuse",
-        rich_help_panel=CACHE,
-    ),
-]
-ForecastOrder = Annotated[
-    int | None, typer.Option(help="Order of the forecast's Taylor expansion, 0 to 3.", show_default="1", rich_help_panel=CACHE)
-]
-CacheDtype = Annotated[
-    str | None,
-    typer.Option(help="Keep features narrower, as float8_e4m3fn.", show_default="the model's", rich_help_panel=CACHE),
-]
-CacheDevice = Annotated[
-    str | None, typer.Option(help="Keep features elsewhere, as cpu.", show_default="the model's", rich_help_panel=CACHE)
-]
-SelectorFile = Annotated[
-    Path | None, typer.Option(help="A Python file that registers selectors of your own.", rich_help_panel=CACHE)
-]
-MergeRatio = Annotated[
-    float | None,
-    typer.Option(help="Share of the image tokens merged into others.", show_default="0.5", rich_help_panel=MERGE),
-]
-MergeStride = Annotated[
-    tuple[int, int] | None,
-    typer.Option(
-        help="Width and height of the cells, in tokens, that keep one token each.", show_default="2 2", rich_help_panel=MERGE
-    ),
-]
-RematchEvery = Annotated[
-    tuple[int, int] | None,
-    typer.Option(help="Steps, and layers, that share one matching.", show_default="2 1", rich_help_panel=MERGE),
-]
-MergeWarmupSteps = Annotated[
-    int | None, typer.Option(help="Merge nothing on the first steps.", show_default="0", rich_help_panel=MERGE)
-]
-MergeKeysOnly = Annotated[
-    bool | None, typer.Option("--merge-keys-only", help="Every token keeps its own query.", rich_help_panel=MERGE)
-]
-MergeMLP = Annotated[bool | None, typer.Option("--merge-mlp", help="Merge in the feed-forward as well.", rich_help_panel=MERGE)]
-MergeCrossAttention = Annotated[
-    bool | None,
-    typer.Option("--merge-cross-attention", help="Merge in cross-attention as well (PixArt).", rich_help_panel=MERGE),
-]
-MergeProportional = Annotated[
-    bool | None,
-    typer.Option("--merge-proportional", help="A merged token counts as many as it stands for.", rich_help_panel=MERGE),
-]
+SelectorFile = Annotated[Path | None, typer.Option(help="A Python file that registers selectors or other rules of your own.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the pipeline's", rich_help_panel=PICTURE)]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's", rich_help_panel=PICTURE)]
 Pixels = Annotated[int | None, typer.Option(help="In pixels.", show_default="the pipeline's", rich_help_panel=PICTURE)]
@@ -107,64 +37,114 @@ Offload = Annotated[str, typer.Option(help="none, model, group or sequential: le
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.", rich_help_panel=MACHINE)]
 
 
-# Options of `dit-accel generate` and what they are called in the configurations.
-OF_CACHE = (
-    "selector_file preset interval cache_ratio selector warmup_steps age_weight ratio_schedule spatial_bonus text_tokens fill "
-    "forecast_order cache_dtype cache_device"
-).split()
-OF_MERGE = {
-    "merge_ratio": "ratio",
-    "merge_stride": "stride",
-    "rematch_every": "rematch_every",
-    "merge_warmup_steps": "warmup_steps",
-    "merge_keys_only": "keep_queries",
-    "merge_mlp": "merge_mlp",
-    "merge_cross_attention": "merge_cross_attention",
-    "merge_proportional": "proportional_attention",
-}
-
-
 class Method(str, Enum):
     none = "none"
     token_cache = "token-cache"
+    output_cache = "output-cache"
     token_merge = "token-merge"
     both = "token-cache+token-merge"
 
+    @property
+    def parts(self) -> list[str]:
+        return [part for part in self.value.split("+") if part in METHODS]
+
+
+# Every option of a method: parameter of the command -> method -> field. Methods share an option where the names are the same.
+KNOBS: dict[str, dict[str, dataclasses.Field[Any]]] = {}
+for _method, _config in METHODS.items():
+    for _field in dataclasses.fields(_config):
+        if _flag := _field.metadata.get("flag", _field.name):
+            KNOBS.setdefault(_flag, {})[_method] = _field
+# Options of generate that are no field of a configuration, and the methods that they are for.
+OTHERS = {"preset": ["token-cache"], "selector_file": ["token-cache", "output-cache"]}
+
+
+def with_options_of(*methods: str) -> Callable[[Command], Command]:
+    """Give a command the options of methods, before its `steps`, in place of its `**given`.
+
+    They are None unless given, so that giving one without its method can be an error. What the command declares itself stays.
+    """
+
+    def declare(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        made = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=_annotation(name, of))
+            for name, fields in KNOBS.items()
+            if (of := {method: fields[method] for method in methods if method in fields}) and name not in signature.parameters
+        ]
+        at = [p.name for p in own].index("steps")
+        command.__signature__ = signature.replace(parameters=[*own[:at], *made, *own[at:]])  # type: ignore[attr-defined]
+        return command
+
+    return declare
+
+
+def _annotation(name: str, fields: dict[str, dataclasses.Field[Any]]) -> Any:
+    """What typer makes an option of: for one or several methods, with one or several defaults and explanations."""
+    method, field = next(iter(fields.items()))
+    helps = {other.metadata["help"]: f"[{name}] " for name, other in reversed(fields.items())}
+    text = " ".join((f"\\{where}" if len(helps) > 1 else "") + help for help, where in reversed(helps.items()))
+    defaults = {name: _text(other.default) for name, other in fields.items()}
+    if len(set(defaults.values())) > 1:
+        default = ", ".join(f"{value} for {name}" for name, value in defaults.items())
+    else:
+        default = defaults[method]
+    panel = " and ".join(PANELS[name] for name in fields)
+    about: dict[str, Any] = dict(help=text, show_default=default or False, rich_help_panel=panel)
+    kinds = METHODS[method].kinds()[field.name]
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    simple = [kind for kind in kinds if kind in (bool, int, float, str)]
+    if not lists:
+        return Annotated[simple[0] | None, typer.Option(**about)]
+    if ... not in get_args(lists[0]):  # a pair
+        return Annotated[lists[0] | None, typer.Option(**about)]
+    about |= dict(parser=numbers(get_args(lists[0])[0], bool(simple)), metavar="N,N,...")
+    return Annotated[Any, typer.Option(**about)]
+
+
+def _text(default: Any) -> str:
+    if default is None or isinstance(default, bool):
+        return {None: "", True: "on", False: "off"}[default]
+    return (
+        " ".join(map(str, default))
+        if isinstance(default, tuple)
+        else f"{default:g}"
+        if isinstance(default, float)
+        else f"{default}"
+    )
+
+
+def numbers(kind: type, one: bool) -> Callable[[str], Any]:
+    """A parser of "0,1,2": a tuple of numbers; where `one` is allowed, a single number is itself."""
+
+    def parse(text: str) -> Any:
+        try:
+            found = tuple(kind(part) for part in text.rstrip(",").split(","))
+        except ValueError:
+            what = "whole numbers, as in 0,1,2,5,9" if kind is int else "numbers, as in 1,0.5"
+            raise typer.BadParameter(f"{text!r} is not a list of {what}.") from None
+        return found[0] if one and "," not in text else found
+
+    return parse
+
 
 def refuse_idle(method: Method, given: dict[str, Any]) -> None:
-    """BadParameter for an option of a method that is not asked for, or for comparing nothing."""
-    if method is Method.none and given["compare"]:
-        raise typer.BadParameter("--compare needs a method other than none.")
-    for names, need, kind in ((OF_CACHE, "a cache", "token-cache"), (OF_MERGE, "merging", "token-merge")):
-        for name in names:
-            if given[name] is not None and kind not in method.value:
-                raise typer.BadParameter(
-                    f"--{name.replace('_', '-')} needs {need}: leave it out, or use --method {kind} or token-cache+token-merge."
-                )
+    """BadParameter for an option of a method that is not asked for."""
+    for name, owners in {**OTHERS, **KNOBS}.items():
+        if given.get(name) is not None and not set(owners) & set(method.parts):
+            able = [f"{other.value}" for other in Method if set(owners) & set(other.parts)]
+            raise typer.BadParameter(f"--{name.replace('_', '-')} needs --method {' or '.join(able)}, not {method.value}.")
 
 
 def configured(method: Method, given: dict[str, Any]) -> list[Any]:
-    """The configurations that the options of `generate` ask for; BadParameter if there are no such ones."""
-    from dit_accel import TokenMergeConfig
-
+    """The configurations that the options of a command ask for; BadParameter if there are no such ones."""
+    if given.get("selector_file") is not None:
+        runpy.run_path(str(given["selector_file"]))
     configs = []
-    if "token-cache" in method.value:
-        configs.append(cache_of(**{name: given[name] for name in OF_CACHE}))
-    if "token-merge" in method.value:
+    for part in method.parts:
+        own = {fields[part].name: given[name] for name, fields in KNOBS.items() if part in fields and given.get(name) is not None}
         with usage():
-            merge = {field: given[name] for name, field in OF_MERGE.items() if given[name] is not None}
-            configs.append(TokenMergeConfig(**merge))
+            preset = given.get("preset") if part == "token-cache" else None
+            configs.append(METHODS[part].preset(preset, **own) if preset else METHODS[part](**own))  # type: ignore[union-attr]
     return configs
-
-
-def cache_of(selector_file: Path | None, preset: str | None, **given: Any) -> Any:
-    """The cache that these options ask for; BadParameter if there is no such one."""
-    import runpy
-
-    from dit_accel import TokenCacheConfig
-
-    if selector_file is not None:
-        runpy.run_path(str(selector_file))
-    with usage():
-        given = {name: value for name, value in given.items() if value is not None}
-        return TokenCacheConfig.preset(preset, **given) if preset else TokenCacheConfig(**given)

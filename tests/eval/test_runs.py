@@ -235,6 +235,16 @@ def test_two_processes_give_the_rows_of_one(finished, spec_file, tmp_path):
     assert not pd.read_parquet(tmp_path / "run/timing.parquet")["comparable"].any()
 
 
+def test_an_output_cache_is_a_method(spec_file, tmp_path):
+    spec = spec_file(methods=[{"output": {"full_steps": [0, 1], "order": 1}}], seeds=1, timing_rounds=1)
+    done = CliRunner().invoke(cli.app, ["run", str(spec), "--output", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    rows = rows_of(tmp_path / "run")
+    rows = rows[rows["kind"] == "method"]
+    assert set(rows["method"]) == {"output full_steps=0x1 order=1"} and rows["error"].isna().all()
+    assert (rows["full_steps"] == 2).all() and (rows["partial_steps"] == 2).all() and (rows["flops"] < rows["full_flops"]).all()
+
+
 def test_steps_that_match_a_method():
     rows = [
         {"method": "full", "kind": "full", "denoising_seconds": 10.0, "flops": None, "full_flops": None},

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from dit_accel import TokenCacheConfig, TokenMergeConfig
+from dit_accel import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
 from dit_accel.eval.spec import Spec, noise_seed, read_spec
 
 METHOD = {"cache": {"selector": "random"}}
@@ -47,10 +47,24 @@ def test_both_methods_presets_and_fewer_steps():
     assert default.configs == (TokenCacheConfig(),) and default.kind == "method"
 
 
+def test_output_caches_and_their_lists():
+    options = {"full_steps": [[0, 1, 4], [0, 3]], "order": [[0], [1]], "damping": [1.0, 0.5]}
+    made = spec({"output": options, "steps": 6}, {"output": {}})
+    assert [cell.configs for cell in made.cells[2:]] == [
+        *((OutputCacheConfig(full_steps=f, order=o, damping=(1.0, 0.5)),) for f in ((0, 1, 4), (0, 3)) for o in ((0,), (1,))),
+        (OutputCacheConfig(),),
+    ]
+    assert made.cells[2].label == "output full_steps=0x1x4 order=0 damping=1.0x0.5 + 6 steps"
+    assert made.cells[2].options()["output"] == made.cells[2].configs[0].to_dict() and made.cells[2].options()["steps"] == 6
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"cache": {"selector": "random"}, "speed": 2}, "A method sets cache, merge or steps"),
+        ({"output": {}, "cache": {}}, "output works alone"),
+        ({"output": {"order": 9}}, "order is 0 to"),
+        ({"output": {"fill": "reuse"}}, "OutputCacheConfig has no option fill"),
+        ({"cache": {"selector": "random"}, "speed": 2}, "A method sets cache, merge, output or steps"),
         ("random", "A method sets"),
         ({}, "A method sets"),
         ({"cache": {"interval": 0}}, "interval"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -8,10 +9,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dit_accel.pipelines import generation, job
+import dit_accel
+from dit_accel import OutputCacheConfig, when
+from dit_accel.pipelines import generation, job, methods, options
 from dit_accel.pipelines.loading import load
+
+OUTPUT = ("--method", "output-cache")
 
 
 def pixels(path) -> np.ndarray:
@@ -50,8 +56,6 @@ def test_the_picture_is_that_of_the_plain_pipeline(make, tmp_path, flux_path):
     pipe = load(str(flux_path))
     settings = generation.settings_for(pipe, "tiny", height=64, width=48, steps=3, seed=1)
     arguments = dict(height=64, width=48, num_inference_steps=3, guidance_scale=0.0, max_sequence_length=8)
-    import torch
-
     direct = pipe("red apple", generator=torch.Generator().manual_seed(1), **arguments).images[0]
     assert settings.guidance == 0.0
     assert np.array_equal(pixels(tmp_path / "out/red-apple-seed1.png"), np.asarray(direct))
@@ -131,13 +135,27 @@ def test_unknown_words_and_cut_prompts_are_reported(make):
         (("red", "--interval", 0), "interval must be"),
         (("red", "--cache-ratio", 1.5), "cache_ratio is"),
         (("red", "--selector", "best"), "There is no selector 'best'"),
-        (("red", "--method", "none", "--selector", "random"), "--selector needs a cache"),
-        (("red", "--method", "token-merge", "--selector", "random"), "--selector needs a cache"),
-        (("red", "--merge-ratio", 0.5), "--merge-ratio needs merging"),
-        (("red", "--method", "none", "--merge-mlp"), "--merge-mlp needs merging"),
+        (
+            ("red", "--method", "none", "--selector", "random"),
+            "--selector needs --method token-cache or output-cache or token-cache+token-merge, not none.",
+        ),
+        (("red", "--method", "token-merge", "--selector", "random"), "--selector needs --method token-cache or"),
+        (("red", "--method", "token-merge", "--selector-file", "x.py"), "--selector-file needs --method token-cache or"),
+        (("red", "--merge-ratio", 0.5), "--merge-ratio needs --method token-merge or token-cache+token-merge, not token-cache."),
+        (("red", "--method", "none", "--merge-mlp"), "--merge-mlp needs --method token-merge or"),
+        (("red", "--method", "none", "--no-merge-mlp"), "--merge-mlp needs --method token-merge or"),
+        (("red", "--full-steps", "0,1"), "--full-steps needs --method output-cache, not token-cache."),
+        (("red", "--method", "output-cache", "--fill", "reuse"), "--fill needs --method token-cache or token-cache+token-merge"),
+        (("red", *OUTPUT, "--full-steps", "0,x"), "'--full-steps': '0,x' is not a list of whole numbers, as in 0,1,2,5,9."),
+        (("red", *OUTPUT, "--order", "1.5"), "'--order': '1.5' is not a list of whole numbers"),
+        (("red", *OUTPUT, "--damping", ""), "'--damping': '' is not a list of numbers, as in 1,0.5."),
+        (("red", *OUTPUT, "--full-steps", "3,1"), "full_steps must be numbers of steps, from 0 and rising"),
+        (("red", *OUTPUT, "--full-steps", "0,1", "--tolerance", 0.1), "give one of them"),
+        (("red", *OUTPUT, "--attention", "new"), "attention must be one of reuse, fresh"),
+        (("red", *OUTPUT, "--when", "mine"), "There is no rule 'mine'"),
         (("red", "--method", "token-merge", "--merge-ratio", 0.8), "ratio is the share of image tokens"),
         (("red", "--method", "none", "--compare"), "--compare needs a method other than none"),
-        (("red", "--method", "none", "--preset", "fora"), "--preset needs a cache"),
+        (("red", "--method", "none", "--preset", "fora"), "--preset needs --method token-cache"),
         (("red", "--preset", "best"), "There is no preset 'best'"),
         (("red", "--fill", "guess"), "fill must be one of reuse, forecast"),
         (("red", "--steps", 0), "steps must be at least 1"),
@@ -200,14 +218,99 @@ def test_demo(run, tmp_path, flux_path, pixart_path):
     assert len(names(tmp_path / "demo/tiny-flux")) == 12, "running it again must replace the pictures"
 
 
-def test_every_setting_of_the_cache_can_be_given(make, tmp_path):
-    options = dict(
-        interval=2, cache_ratio=0.8, selector="drift", warmup_steps=2, age_weight=0.5, ratio_schedule="toca", spatial_bonus=0.3,
-        text_tokens="reuse", fill="forecast", forecast_order=2, cache_dtype="bfloat16", cache_device="cpu",
-    )  # fmt: skip
-    result = make("red", *(word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)))
+OPTIONS = {
+    "cache": dict(
+        interval=2, cache_ratio=0.8, selector="drift", warmup_steps=2, interval_spread=0.1, ratio_schedule="toca", age_weight=0.5,
+        spatial_bonus=0.3, spatial_tile=2, query_share=0.5, text_tokens="reuse", share_guidance_selection=False, seed=3,
+        fill="forecast", forecast_order=2, cache_dtype="bfloat16", cache_device="cpu",
+    ),
+    "merge": dict(
+        ratio=0.25, stride=[2, 1], randomize=False, merge_attention=True, merge_cross_attention=True, merge_mlp=True,
+        rematch_every=[3, 2], warmup_steps=1, keep_queries=True, proportional_attention=True, seed=4,
+    ),
+    "output": dict(
+        full_steps=[0, 2], interval=2, warmup_steps=2, guidance_steps=[0, 2], how="taylor", order=[1, 2], guidance_order=1,
+        damping=[0.5, 1.0], compute_ratio=0.3, selector="stratified", attention="fresh", seed=5,
+    ),
+}  # fmt: skip
+
+
+def words(section: str, values: dict) -> list[object]:
+    """The options of the command that set these fields."""
+    method, found = {"cache": "token-cache", "merge": "token-merge", "output": "output-cache"}[section], []
+    for parameter, fields in options.KNOBS.items():
+        if method in fields and (name := fields[method].name) in values:
+            value, flag = values[name], parameter.replace("_", "-")
+            if isinstance(value, bool):
+                found.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, list):
+                found += [f"--{flag}", *(value if section == "merge" else [",".join(map(str, value))])]
+            else:
+                found += [f"--{flag}", value]
+    return ["--method", method, *found]
+
+
+@pytest.mark.parametrize("section", OPTIONS)
+def test_every_setting_can_be_given(make, tmp_path, flux_path, pixart_path, section):
+    """Every field of every configuration is an option, but for those that the pipeline or another option takes the place of."""
+    fields = {field.name for field in dataclasses.fields(methods.SECTIONS[section])}
+    assert fields - set(OPTIONS[section]) == {"cache": {"steps"}, "merge": set(), "output": {"tolerance", "when"}}[section]
+    given = words(section, OPTIONS[section])
+    result = make("red", *given, pipeline=pixart_path if section == "merge" else flux_path)
     assert result.exit_code == 0, result.stderr
-    assert json.loads((tmp_path / "out/red-seed0.json").read_text())["cache"].items() >= options.items()
+    record = json.loads((tmp_path / "out/red-seed0.json").read_text())
+    assert record["method"] == given[1] and record[section].items() >= OPTIONS[section].items()
+    assert json.loads(Image.open(tmp_path / "out/red-seed0.png").text[section]) == record[section]
+
+
+def test_output_cache(make, tmp_path, pixart_path):
+    steps = ("--steps", 8)
+    given = (*OUTPUT, "--full-steps", "0,1,4", "--order", 1, "--damping", 0.5)
+    result = make("red", *steps, *given, "--compare", pipeline=pixart_path)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "out/red-seed0.json").read_text())
+    assert record["method"] == "output-cache" and record["cache"] is None and record["merge"] is None
+    assert (record["output"]["full_steps"], record["output"]["order"], record["output"]["damping"]) == ([0, 1, 4], 1, 0.5)
+    assert (record["work"]["full_steps"], record["work"]["partial_steps"]) == (3, 5)
+    assert "cached" in result.stdout
+    record = OutputCacheConfig.from_dict(record["output"])
+    direct = dit_accel.apply(load(str(pixart_path)), record)
+    arguments = dict(height=64, width=48, num_inference_steps=8, max_sequence_length=8, use_resolution_binning=False)
+    image = direct("red", generator=torch.Generator().manual_seed(0), clean_caption=False, **arguments).images[0]
+    assert np.array_equal(pixels(tmp_path / "out/red-seed0.png"), np.asarray(image))
+
+
+def test_output_cache_by_error_and_by_a_rule_from_a_file(make, tmp_path):
+    assert make("red", "--steps", 6, *OUTPUT, "--tolerance", 1000, "--interval", 4).exit_code == 0
+    record = json.loads((tmp_path / "out/red-seed0.json").read_text())
+    assert record["output"]["tolerance"] == 1000 and record["work"]["partial_steps"] >= 3
+    file = tmp_path / "mine.py"
+    file.write_text("import dit_accel\n@dit_accel.register_when('from a file')\ndef mine(progress):\n    return 2\n")
+    result = make("red", "--steps", 6, *OUTPUT, "--selector-file", file, "--when", "from a file", "--guidance-steps", 2)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "out/red-seed0-2.json").read_text())
+    assert record["output"]["guidance_steps"] == 2 and record["work"]["full_steps"] == 3
+    when.WHEN.pop("from a file")
+
+
+def test_numbers_of_an_option():
+    assert options.numbers(int, True)("2") == 2 and options.numbers(int, True)("2,") == (2,)
+    assert options.numbers(int, False)("2") == (2,) and options.numbers(float, True)("1, 0.5") == (1.0, 0.5)
+
+
+def test_families(run):
+    from dit_accel.families import FAMILIES, table
+
+    result = run("families")
+    assert result.exit_code == 0
+    rows = {cells[1]: cells for line in result.stdout.splitlines() if len(cells := [c.strip() for c in line.split("│")[1:-1]]) == 7}
+    assert set(table.FAMILIES) < set(rows) and "of diffusers" in rows
+    for name, row in table.FAMILIES.items():
+        family, _, forecast, guidance, reuse, fresh, module = rows[name]
+        assert name.startswith(family) and forecast == reuse == "yes"
+        assert ("one batch" in guidance) == bool(row.batched_guidance)
+        assert (fresh == "yes") == (not row.stale_only) and (module == "yes") == (name in FAMILIES)
+    assert rows["of diffusers"][4:] == ["no", "no", "no"]
 
 
 def test_presets_and_selectors_from_a_file(make, tmp_path):
@@ -224,7 +327,6 @@ def test_presets_and_selectors_from_a_file(make, tmp_path):
 
 
 def test_lists(run):
-    import dit_accel
     from dit_accel.pipelines.catalog import CATALOG
 
     result = run("pipelines")
