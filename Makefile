@@ -3,7 +3,7 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/
 
-.PHONY: demo test test-slow lint bench bench-full
+.PHONY: demo test test-slow lint docs bench bench-full
 
 # Pictures of the same prompts, in full and with nine of ten tokens cached, and how long each took.
 demo: $(STAMP)
@@ -19,6 +19,15 @@ lint: $(STAMP)
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
+
+# The site, in site/: the pages as they lie in the repository, so that their links hold, and those made from the code.
+PAGES = README.md CONTRIBUTING.md CHANGELOG.md LICENSE NOTICE docs/*.md docs/site/*.md docs/figures samples/*.md samples/*.png
+docs: $(STAMP)
+	$(RUN)python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	rm -rf out/docs && mkdir -p out/docs/samples/training
+	tar -c $(PAGES) samples/training/README.md | tar -x -C out/docs
+	$(RUN)python docs/site/options.py > out/docs/docs/site/options.md
+	NO_MKDOCS_2_WARNING=1 $(RUN)python -m mkdocs build --strict
 
 # Against the published peers: ten minutes, and a page about it.
 bench: $(STAMP)

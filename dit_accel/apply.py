@@ -100,10 +100,7 @@ def attn_processors(transformer: Any, config: Config | Sequence[Config]) -> dict
 
     `transformer.set_attn_processor(attn_processors(transformer, config))` puts them in; `remove` takes them out. `apply` saves
     far more with a cache: attention is less than half of the work, see docs/token-caching.md. Processors match the tokens that
-    enter attention, `apply` those that enter the block.
-
-    Raises:
-        As `apply`.
+    enter attention, `apply` those that enter the block. Raises what `apply` raises.
     """
     return _attach(transformer, config, record=False, processors_only=True)
 
