@@ -18,7 +18,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from dit_accel import store, when
 from dit_accel.clock import Call, Moment
 from dit_accel.config import OutputCacheConfig, each
+from dit_accel.families.table import lookup
 from dit_accel.plan import Past, Record, Todo, difference, forecast, guided, rule, step_plan
+from dit_accel.rows import UNCONDITIONAL_FIRST
 from dit_accel.steps import Memory
 from dit_accel.store import forget_numbers, later_rows
 from dit_accel.tokens import Selection, packing
@@ -81,6 +83,8 @@ class OutputCache:
     def __init__(self, config: OutputCacheConfig, transformer: Any) -> None:
         self.config, self.rule, self.transformer = config, rule(config), transformer
         self.packed = packing(transformer, config) if config.compute_ratio else None
+        family = lookup(transformer)
+        self.order = UNCONDITIONAL_FIRST if family is None else family.batched_guidance  # of guidance in one batch
         self.branches: dict[int, Branch] = {}
         self.calls: list[Record] = []
         self.inputs: dict[int, dict[str, Any]] = {}
@@ -98,7 +102,10 @@ class OutputCache:
         self.branches, self.calls, self.inputs = {}, [], {}
         latents = call.latents
         even = isinstance(latents, torch.Tensor) and len(latents) % 2 == 0
-        self.halves = self.config.guidance_steps is not None and even and bool(torch.equal(*latents.chunk(2)))
+        # Two pictures of one seed are no guidance where pipelines call twice for it, nor where the call has a branch's name.
+        named = getattr(call.context, "name", None) not in (None, "cond_uncond")
+        batched = self.config.guidance_steps is not None and even and not named and self.order == UNCONDITIONAL_FIRST
+        self.halves = batched and bool(torch.equal(*latents.chunk(2)))
         if self.halves and self.packed is not None:
             raise ValueError(
                 "guidance_steps and compute_ratio cannot be combined where both halves of guidance share a batch; leave one out."

@@ -560,3 +560,12 @@ def test_gradients_compute_everything():
     dit_accel.apply(pipe, OutputCacheConfig(interval=3))
     outputs = [pipe.transformer(**{**given, "timestep": torch.tensor([t])})[0] for t in (1.0, 0.8, 0.6)]
     assert all(output.requires_grad for output in outputs) and not dit_accel.report(pipe).calls
+
+
+def test_two_pictures_of_one_seed_are_no_guidance(tiny_flux):
+    """FLUX calls twice for guidance: a batch of equal latents is two pictures."""
+    pipe, call = tiny_flux(), dict(height=64, width=48, num_inference_steps=4, max_sequence_length=8, output_type="latent")
+    two = lambda: pipe(["a tiger", "a teapot"], generator=[torch.Generator().manual_seed(0) for _ in range(2)], **call).images
+    plain = two()
+    dit_accel.apply(pipe, OutputCacheConfig(interval=1, guidance_steps=2))
+    assert torch.equal(two(), plain)
