@@ -84,9 +84,6 @@ class EngineHook(ModelHook):  # type: ignore[misc]
         self.clock.end()
         return module
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("A transformer cannot be copied or pickled while dit_accel is applied; call dit_accel.remove first.")
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def decide(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Todo:
         """What to do with a call of the module's forward."""
