@@ -5,33 +5,21 @@ All pictures are 8 x 8 tokens, videos a few frames of that. Weights are such tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import diffusers as D
 import torch
 
+from tests.conftest import reinitialise
+
 BATCH, TEXT, SIDE = 2, 6, 8
 N = SIDE * SIDE
 Inputs = Callable[[float], dict[str, Any]]
 
 
-def reinitialise(module: torch.nn.Module, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "scale_shift_table" in name:
-            noise = 0.5 * noise
-        elif parameter.ndim == 1:
-            noise = (1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * noise
-        else:
-            noise = noise / math.sqrt(parameter[0].numel())
-        parameter.data.copy_(noise)
-
-
 def finished(model: Any) -> Any:
-    reinitialise(model)
+    reinitialise(model, seed=1)
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers as D
 import torch
 
+from tests.conftest import reinitialise
 from tests.dit_accel import tiny
 from tests.dit_accel.tiny import TEXT, random
 
@@ -23,7 +24,7 @@ def pipeline(kind: str, name: str, scheduler: Any = D.FlowMatchEulerDiscreteSche
     given |= parts | {"transformer": tiny.transformer(name)[0], "scheduler": scheduler()}
     if "transformer_2" in parts:
         given["transformer_2"] = tiny.transformer(parts["transformer_2"])[0]
-        tiny.reinitialise(given["transformer_2"], seed=2)
+        reinitialise(given["transformer_2"], seed=2)
     pipe = make(**given)
     pipe.set_progress_bar_config(disable=True)
     return pipe
