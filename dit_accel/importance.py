@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-CHUNK = 64  # queries whose attention rows exist at the same time
+from dit_accel.chunks import at_once
+
+CHUNK = 64  # queries whose attention rows exist at the same time on a CPU
 QUERIES = 256  # at least so many queries are asked; every one of them where a sequence has fewer than twice as many
 
 
@@ -35,7 +37,7 @@ def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     query, key = query.transpose(1, 2).float(), key.permute(0, 2, 3, 1).float()  # [B, H, M, D], [B, H, D, N]
     scale = query.shape[-1] ** -0.5
     received = torch.zeros(key.shape[0], key.shape[-1], device=key.device)
-    for part in query.split(CHUNK, dim=2):
+    for part in query.split(at_once(CHUNK, query.device), dim=2):
         received = received + (part * scale @ key).softmax(dim=-1).sum(dim=(1, 2))
     return received / (query.shape[1] * query.shape[2])
 
@@ -53,7 +55,7 @@ def attention_entropy(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
     """
     query, key = query.transpose(1, 2).float(), key.permute(0, 2, 3, 1).float()
     scale, rows = query.shape[-1] ** -0.5, []
-    for part in query.split(CHUNK, dim=2):
+    for part in query.split(at_once(CHUNK, query.device), dim=2):
         scores = part * scale @ key
         if mask is not None:
             scores = scores + mask[:, None].float()

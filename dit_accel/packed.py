@@ -39,6 +39,21 @@ class _Part(ModelHook):  # type: ignore[misc]
         return carry_out(self, module, forward, args, kwargs)
 
 
+class _During(contextlib.AbstractContextManager[None]):
+    """Inside, a call is carried out. No generator, which torch.compile refuses wherever it meets one."""
+
+    def __init__(self, packed: Packed, call: Full | Partial) -> None:
+        self.packed, self.call = packed, call
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __enter__(self) -> None:
+        self.packed.call = self.call
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __exit__(self, *_: Any) -> None:
+        self.packed.call = None
+
+
 class Packed:
     """Packed steps of one transformer.
 
@@ -70,7 +85,7 @@ class Packed:
             most: how many outputs to keep besides this one.
         """
         memory.begin(tokens)
-        return self._calling(Full(self.family, self.attention, memory, time, most))
+        return _During(self, Full(self.family, self.attention, memory, time, most))
 
     def partial(self, memory: Memory, index: Index, weights: Sequence[float]) -> contextlib.AbstractContextManager[None]:
         """Inside, the transformer's call computes the selected tokens; nothing is read from the device.
@@ -80,15 +95,7 @@ class Packed:
             index: of the selected tokens, ascending, [k] or [B, k]; or what makes it of the tokens that enter the first block.
             weights: of the past outputs, newest first, that make up the rows that are not selected.
         """
-        return self._calling(Partial(self.family, self.attention, self.last, memory, index, weights))
-
-    @contextlib.contextmanager
-    def _calling(self, call: Full | Partial) -> Iterator[None]:
-        self.call = call
-        try:
-            yield
-        finally:
-            self.call = None
+        return _During(self, Partial(self.family, self.attention, self.last, memory, index, weights))
 
     def attach(self) -> None:
         """Hook into blocks, their parts and the head; outside of `full` and `partial` that changes nothing."""

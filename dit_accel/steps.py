@@ -136,9 +136,12 @@ class Partial:
         """Rows of the selected tokens, and of the kept text, in a sequence with or without text."""
         if length not in self._rows:
             count, text, index = self.memory.tokens, length - self.memory.tokens, self.index
-            words = torch.arange(self.kept(text), device=index.device).expand(*index.shape[:-1], -1)
-            parts = [index, words + count] if self.family.stacks[0].text_last else [words, index + text]
-            self._rows[length] = torch.cat(parts, dim=-1) if text else index
+            last, words = self.family.stacks[0].text_last, self.kept(text)
+            rows = index if last or not text else index + text
+            if words:
+                kept = torch.arange(words, device=index.device).expand(*index.shape[:-1], -1)
+                rows = torch.cat([index, kept + count] if last else [kept, rows], dim=-1)
+            self._rows[length] = rows
         return self._rows[length]
 
     def zeros(self, shape: torch.Size) -> torch.Tensor:
@@ -152,7 +155,9 @@ class Partial:
         if self.x is None:
             if (entered := self.memory.features.get("entered")) is None or len(entered[0]) != len(tokens):
                 raise RuntimeError("This branch has no full step of a batch of this size behind it; compute one first.")
-            self.index = self.index(tokens) if callable(self.index) else self.index
+            if callable(self.index):
+                count = self.memory.tokens
+                self.index = self.index(tokens[:, :count] if stack.text_last else tokens[:, -count:])
             self.whole = self.whole or self.index.shape[-1] == self.memory.tokens
             self.x = take(tokens, self.rows(tokens.shape[1]))
             self.words = None if text is None else text[:, : self.kept(text.shape[1])]

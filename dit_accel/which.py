@@ -18,10 +18,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from dit_accel.chunks import at_once
 from dit_accel.tiles import from_tiles, to_tiles
 
-CHUNK = 64  # tokens whose similarities to all others exist at the same time
-ROWS = 512  # tokens that exist in float32 at the same time
+CHUNK = 64  # tokens whose similarities to all others exist at the same time on a CPU
+ROWS = 512  # tokens that exist in float32 at the same time on a CPU
 
 # What a selector may ask to have remembered, and its shape.
 OBSERVATIONS = {
@@ -231,7 +232,8 @@ def stratified(context: SelectionContext) -> torch.Tensor:
 def drift(context: SelectionContext) -> torch.Tensor:
     """Tokens whose input turned the most since they were last computed (keeps the inputs: twice the memory)."""
     assert context.last_tokens is not None
-    pairs = zip(context.tokens.split(ROWS, dim=1), context.last_tokens.split(ROWS, dim=1), strict=True)
+    rows = at_once(ROWS, context.tokens.device)
+    pairs = zip(context.tokens.split(rows, dim=1), context.last_tokens.split(rows, dim=1), strict=True)
     return 1 - torch.cat([F.cosine_similarity(now.float(), last.float(), dim=-1) for now, last in pairs], dim=1)
 
 
@@ -259,7 +261,7 @@ def nearness(tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """
     unit = F.normalize(tokens.float(), dim=-1)
     near = torch.full(tokens.shape[:2], -1.0, device=tokens.device)
-    for part in base.expand(len(tokens), -1).split(CHUNK, dim=1):
+    for part in base.expand(len(tokens), -1).split(at_once(CHUNK, tokens.device), dim=1):
         others = unit.gather(1, part[..., None].expand(-1, -1, unit.shape[-1]))
         near = torch.maximum(near, (unit @ others.transpose(1, 2)).amax(dim=-1))
     return near
