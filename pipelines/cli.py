@@ -100,10 +100,10 @@ def generate(
     with plain_errors(debug):
         prompts = list(prompts or [])
         if prompts_file:
-            from dit_accel.pipelines.prompts import read_prompts
+            from dit_accel.pipelines.prompt_sets import read_prompt_set
 
             with usage():
-                prompts += read_prompts(prompts_file)
+                prompts += read_prompt_set(prompts_file)
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise typer.BadParameter(
                 'Give at least one prompt, and none that is empty, as in: dit-accel generate "red apple, 3d style".'

@@ -1,19 +1,9 @@
-"""Prompts: read them from a file, and find what a pipeline's tokenizer would drop without a word."""
+"""What a pipeline's tokenizer would drop of a prompt without a word."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines and lines that start with # are skipped."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt: write one a line.")
-    return prompts
 
 
 def t5_tokenizer(pipe: Any) -> Any:

@@ -2,25 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from dit_accel.pipelines.prompts import cut_text, read_prompts, unknown_words
+from dit_accel.pipelines.prompts import cut_text, unknown_words
 
 
 @pytest.fixture(params=["flux", "pixart"])
 def pipe(request, tiny_flux, tiny_pixart):
     return {"flux": tiny_flux, "pixart": tiny_pixart}[request.param]()
-
-
-def test_read_prompts_skips_comments_and_empty_lines(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("# fruit\nred apple, 3d style\n\n  blue tiger  \n", encoding="utf-8")
-    assert read_prompts(path) == ["red apple, 3d style", "blue tiger"]
-
-
-def test_a_file_without_prompts_is_an_error(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("# nothing\n\n")
-    with pytest.raises(ValueError, match="holds no prompt"):
-        read_prompts(path)
 
 
 @pytest.mark.parametrize(
