@@ -13,18 +13,40 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 PANEL = 320  # smallest side at which a picture of a side-by-side is shown, in pixels
 MARGIN, FONT = 12, 16
+ORIENTATION = 0x0112  # of EXIF
 
 Picture = Image.Image | NDArray[np.uint8]  # an array is [height, width, 3]
 
 
+def as_shown(picture: Image.Image) -> Image.Image:
+    """A picture as viewers show it: turned as its EXIF data say, its transparent places white, grey of 16 bits in 8 bits.
+
+    A picture that has none of these is returned as it is, in its own mode.
+
+    Raises:
+        ValueError: for whole or floating-point numbers of 32 bits, whose range nobody knows.
+    """
+    if picture.mode in ("I", "F"):
+        name = getattr(picture, "filename", "") or "The picture"
+        raise ValueError(f"{name} has pixels of 32 bits (mode {picture.mode}), whose range is unknown; save it in 8 bits.")
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture).astype(np.uint32) / 257).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return picture
+
+
 def rgb(picture: Picture) -> NDArray[np.uint8]:
-    """[height, width, 3] of a picture of Pillow, or an array that is this already."""
-    array = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+    """[height, width, 3] of a picture of Pillow as viewers show it, or an array that is this already."""
+    array = np.asarray(as_shown(picture).convert("RGB") if isinstance(picture, Image.Image) else picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise ValueError(f"An array of {array.dtype} {list(array.shape)} is no picture; give uint8 [height, width, 3].")
     return array

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from dit_accel.eval.rewards.pictures import Picture, batches, preprocess
+from dit_accel.eval.rewards.pictures import Picture, batches, listed, preprocess
 
 WEIGHT = 2.5
 PREFIX = "A photo depicts "
@@ -63,12 +63,14 @@ class ClipScore:
         return cls(model.to(device), CLIPTokenizer.from_pretrained(checkpoint), prefix=prefix)
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[str], images: Sequence[Picture], batch_size: int = 16) -> np.ndarray:
+    def score(self, prompts: str | Sequence[str], images: Picture | Sequence[Picture], batch_size: int = 16) -> np.ndarray:
         """CLIPScore of every picture for the prompt at the same place of its list, [N].
 
         Args:
-            prompts: what the pictures are to show; what exceeds the tokens of the model (77) is not read.
-            images: open pictures or paths; they are prepared as the original code of CLIP does.
+            prompts: what the pictures are to show, or one text that all of them are to show; what exceeds the tokens of the
+                model (77) is not read.
+            images: open pictures or paths, or one of them for all prompts. They are prepared as the original code of CLIP does,
+                except that transparent places count as white, EXIF rotation is obeyed and 16 bits are read as such.
             batch_size: how many are scored at a time; it changes the speed, not the scores.
 
         Raises:
@@ -94,6 +96,6 @@ class ClipScore:
             scores += (WEIGHT * cosine.clamp(min=0)).tolist()
         return np.array(scores)
 
-    def cut(self, prompts: Sequence[str]) -> int:
+    def cut(self, prompts: str | Sequence[str]) -> int:
         """How many of the prompts, with the prefix if there is one, exceed the tokens that the model reads."""
-        return sum(len(self.tokenizer(self.prefix + prompt)["input_ids"]) > self.max_tokens for prompt in prompts)
+        return sum(len(self.tokenizer(self.prefix + prompt)["input_ids"]) > self.max_tokens for prompt in listed(prompts))

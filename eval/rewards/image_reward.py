@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from dit_accel.eval.rewards.pictures import Picture, batches, preprocess
+from dit_accel.eval.rewards.pictures import Picture, batches, listed, preprocess
 
 REPOSITORY = "THUDM/ImageReward"
 VOCABULARY_REPOSITORY = "bert-base-uncased"
@@ -27,6 +27,7 @@ VISION_CONFIG = {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 
 MAX_TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the data that it was trained on
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ADDED = ("[DEC]", "[ENC]")  # by BLIP, behind the vocabulary
 UNUSED = ("blip.vision_proj.", "blip.text_proj.")
 
 # Parts of our parameters' names, and what the checkpoint calls them.
@@ -102,16 +103,17 @@ class ImageReward:
         save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.configs, indent=2) + "\n", encoding="utf-8")
         vocabulary = self.tokenizer.get_vocab()
-        lines = sorted(vocabulary, key=vocabulary.__getitem__)
+        lines = sorted(vocabulary, key=vocabulary.__getitem__)[: self.tokenizer.vocab_size]  # without those that are added
         (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[str], images: Sequence[Picture], batch_size: int = 16) -> np.ndarray:
+    def score(self, prompts: str | Sequence[str], images: Picture | Sequence[Picture], batch_size: int = 16) -> np.ndarray:
         """The reward of every picture for the prompt at the same place of its list, [N].
 
         Args:
-            prompts: what the pictures are to show; what exceeds 35 tokens is not read.
-            images: open pictures or paths.
+            prompts: what the pictures are to show, or one text that all of them are to show; what exceeds 35 tokens is not read.
+            images: open pictures or paths, or one of them for all prompts. Other than in the original, transparent places count
+                as white, EXIF rotation is obeyed and 16 bits are read as such.
             batch_size: how many are scored at a time; it changes the speed, not the rewards.
 
         Raises:
@@ -134,9 +136,9 @@ class ImageReward:
             rewards += ((raw - MEAN) / STD).tolist()
         return np.array(rewards)
 
-    def cut(self, prompts: Sequence[str]) -> int:
+    def cut(self, prompts: str | Sequence[str]) -> int:
         """How many of the prompts exceed 35 tokens, so that their ends are not read."""
-        return sum(len(self.tokenizer(prompt)["input_ids"]) > MAX_TOKENS for prompt in prompts)
+        return sum(len(self.tokenizer(prompt)["input_ids"]) > MAX_TOKENS for prompt in listed(prompts))
 
 
 def build_image_reward(
@@ -246,7 +248,11 @@ def load(net: nn.ModuleDict, state_dict: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_vocabulary(path: str | Path, vocab_size: int) -> Any:
-    """The tokenizer of a vocab.txt, in lower case as bert-base-uncased; ValueError if it is none or larger than vocab_size."""
+    """The tokenizer of a vocab.txt, in lower case as bert-base-uncased; ValueError if it is none or larger than vocab_size.
+
+    As in the original, a prompt that spells a special token is read as that token: BERT's own, and BLIP's [DEC] and [ENC] where
+    vocab_size leaves room for them.
+    """
     with open(path, encoding="utf-8") as file:
         vocabulary = {line.rstrip("\n"): index for index, line in enumerate(file)}
     absent = [token for token in SPECIAL if token not in vocabulary]
@@ -258,6 +264,8 @@ def read_vocabulary(path: str | Path, vocab_size: int) -> Any:
             f"{path} has {max(vocabulary.values()) + 1} lines, of which {len(vocabulary)} differ, and vocab_size is {vocab_size}; "
             "give the vocab.txt that belongs to the weights, each piece once."
         )
+    if len({*vocabulary, *ADDED}) <= vocab_size:
+        tokenizer.add_tokens(list(ADDED), special_tokens=True)
     return tokenizer
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dit_accel.eval.rewards.image_reward import MAX_TOKENS
-from dit_accel.eval.rewards.pictures import Picture, batches
+from dit_accel.eval.rewards.pictures import Picture, batches, listed
 
 
 class PackageImageReward:
@@ -45,8 +45,11 @@ class PackageImageReward:
         self.model = package.load(str(checkpoint), device=device, med_config=config)
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[str], images: Sequence[Picture]) -> np.ndarray:
+    def score(self, prompts: str | Sequence[str], images: Picture | Sequence[Picture]) -> np.ndarray:
         """The reward of every picture for the prompt at the same place of its list, [N]; it takes one at a time.
+
+        A text alone serves every picture, and a picture alone every prompt. Pictures are given to the package as viewers show
+        them: transparent places white, turned as their EXIF data say, 16 bits in 8.
 
         Raises:
             ValueError: unless there is one picture for every prompt, or for a file that is no picture.
@@ -57,6 +60,6 @@ class PackageImageReward:
             rewards.append(self.model.score(texts[0], opened[0]))
         return np.array(rewards, dtype=float)
 
-    def cut(self, prompts: Sequence[str]) -> int:
+    def cut(self, prompts: str | Sequence[str]) -> int:
         """How many of the prompts exceed 35 tokens, so that their ends are not read."""
-        return sum(len(self.model.blip.tokenizer(prompt)["input_ids"]) > MAX_TOKENS for prompt in prompts)
+        return sum(len(self.model.blip.tokenizer(prompt)["input_ids"]) > MAX_TOKENS for prompt in listed(prompts))

@@ -16,10 +16,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from dit_accel.eval.rewards import ClipScore, ImageReward, build_image_reward, image_reward
 from dit_accel.eval.rewards.package import PackageImageReward
-from dit_accel.eval.rewards.pictures import preprocess
+from dit_accel.eval.rewards.pictures import open_picture, preprocess
 
 PIECES = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] a red green cat apple on the table ##s ##pple caf ##e , . ' t don 3".split()
 ID = {piece: index for index, piece in enumerate(PIECES)}
@@ -211,7 +212,9 @@ PICTURES = [picture(50, 40), picture(33, 70, "L"), picture(64, 64, "P"), picture
 def test_scores_are_those_of_the_architecture_written_out(size, vocab):
     vision, text = configs(*size)
     weights = random_weights(vision, text)
-    by_hand = lambda prompt, image: reference(weights, vision, text, expected_ids(prompt), preprocess(image, vision["img_size"]))
+    by_hand = lambda prompt, image: reference(
+        weights, vision, text, expected_ids(prompt), preprocess(open_picture(image), vision["img_size"])
+    )
     expected = [by_hand(prompt, image) for prompt, image in zip(PROMPTS, PICTURES, strict=True)]
     assert np.std([by_hand(prompt, PICTURES[0]) for prompt in PROMPTS]) > 0.02  # prompts matter
     assert np.std([by_hand(PROMPTS[0], image) for image in PICTURES]) > 0.02  # and pictures do
@@ -244,6 +247,39 @@ def test_prompts_become_these_tokens(parts):
     assert read("A RED  Apple\n") == ["a", "red", "apple"]  # lower case, any white space
     assert read("Don't") == ["don", "'", "t"]
     assert read("tables dog 3.") == ["table", "##s", "[UNK]", "3", "."]
+
+
+SPELLED = ["a [MASK] cat", "a[SEP]cat", "[CLS] [PAD][UNK]red", "[ENC] the table", "A[ENC]s[DEC][DEC]apple", "[enc] [Mask] [M ASK]"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_special_tokens_in_a_prompt_are_read_as_in_the_original(tmp_path, there):
+    """The original adds [DEC] and [ENC] to the plain tokenizer in Python, of which transformers keeps a copy."""
+    pieces = [*PIECES, *"[ ] enc mask".split(), *(["[DEC]", "[ENC]"] if there else [])]
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    original = BertTokenizerLegacy(path)
+    original.add_special_tokens({"bos_token": "[DEC]"})
+    original.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    ours = image_reward.read_vocabulary(path, len(PIECES) + 6)
+    for prompt in [*SPELLED, *(f"{text} " * 12 for text in SPELLED), *PROMPTS]:
+        read, expected = (tokenizer(prompt, padding="max_length", truncation=True, max_length=35) for tokenizer in (ours, original))
+        assert read["input_ids"] == expected["input_ids"] and read["attention_mask"] == expected["attention_mask"]
+    assert len(PIECES) + 5 in ours("[ENC]")["input_ids"] and len(PIECES) + 5 not in ours("[enc]")["input_ids"]
+
+
+def test_special_tokens_in_a_prompt_count(parts, tmp_path):
+    reward = build_image_reward(*parts)
+    scores = reward.score(["a cat", "a [SEP] cat", "a [MASK] cat", "a [ENC] cat", "a [UNK] cat"], PICTURES[0])
+    assert len(set(scores.round(5))) == 5
+    reward.save(tmp_path / "saved")
+    assert (tmp_path / "saved/vocab.txt").read_text(encoding="utf-8").split() == PIECES
+    again = ImageReward.from_checkpoint(tmp_path / "saved").score("a [ENC] cat", [PICTURES[0]] * 5)
+    assert again == pytest.approx(scores[3], abs=1e-5)
+    vision, text, weights, vocab = parts
+    small = {n: w[: len(PIECES)] if "word_embeddings" in n else w for n, w in weights.items()}
+    without = build_image_reward(vision, {**text, "vocab_size": len(PIECES)}, small, vocab)
+    assert without.score(["[ENC]"], PICTURES[0]) == without.score(["[UNK][UNK][UNK]"], PICTURES[0]), "no room: text as any other"
 
 
 def test_cut_counts_prompts_of_more_than_35_tokens(parts):
@@ -284,6 +320,38 @@ def test_paths_and_open_pictures_score_alike(parts, tmp_path):
     PICTURES[0].save(tmp_path / "one.png")
     paths = [tmp_path / "one.png", str(tmp_path / "one.png"), PICTURES[0]]
     assert len(set(reward.score(["a cat"] * 3, paths, batch_size=1))) == 1
+
+
+def test_one_prompt_serves_every_picture_and_one_picture_every_prompt(parts, tmp_path):
+    reward = build_image_reward(*parts)
+    assert np.array_equal(reward.score("a cat", PICTURES), reward.score(["a cat"] * 5, PICTURES))
+    PICTURES[0].save(tmp_path / "one.png")
+    expected = reward.score(PROMPTS, [PICTURES[0]] * 5)
+    for one in (PICTURES[0], tmp_path / "one.png", str(tmp_path / "one.png")):
+        assert np.array_equal(reward.score(PROMPTS, one), expected)
+    assert np.array_equal(reward.score(PROMPTS[0], str(tmp_path / "one.png")), reward.score(PROMPTS[:1], PICTURES[:1]))
+    assert reward.score("a cat", []).shape == (0,)
+    assert reward.cut("a " * 34) == 1 and reward.cut("a " * 33) == 0
+
+
+def test_pictures_are_scored_as_viewers_show_them(parts, tmp_path):
+    """Other than in the original: 16 bits, transparency and EXIF rotation."""
+    reward, image = build_image_reward(*parts), picture(60, 40)
+    grey, black = image.convert("L"), Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    assert np.array_equal(reward.score("a cat", tmp_path / "sixteen.png"), reward.score("a cat", grey))
+    black.paste(image.crop((0, 0, 30, 40)))
+    white = Image.new("RGB", (60, 40), "white")
+    white.paste(image.crop((0, 0, 30, 40)))
+    assert np.array_equal(reward.score("a cat", black), reward.score("a cat", white))
+    assert np.array_equal(reward.score("a cat", image.convert("RGBA")), reward.score("a cat", image)), "opaque"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(reward.score("a cat", tmp_path / "turned.png"), reward.score("a cat", image.rotate(-90, expand=True)))
+    Image.fromarray(np.asarray(grey).astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="float.tiff has pixels of 32 bits .mode F., .*; save it in 8 bits"):
+        reward.score("a cat", tmp_path / "float.tiff")
 
 
 def test_pictures_that_are_not_there_are_named(parts, tmp_path):
@@ -396,6 +464,9 @@ def test_the_package_gets_prompts_and_open_pictures_one_by_one(monkeypatch, tmp_
     reward = PackageImageReward(Path("weights.pt"), med_config=Path("med.json"))
     assert reward.score(["a", "cat"], PICTURES[:2]).tolist() == [1.0, 3.0]
     assert calls == [("weights.pt", "cpu", "med.json"), ("a", PICTURES[0]), ("cat", PICTURES[1])]
+    assert reward.score("tree", PICTURES[:2]).tolist() == [4.0, 4.0], "one prompt for every picture"
+    reward.score("a", Image.new("LA", (2, 2)))
+    assert calls[-1][1] == Image.new("RGB", (2, 2), "white")
     with pytest.raises(FileNotFoundError, match="absent.png"):
         reward.score(["a"], [tmp_path / "absent.png"])
 
@@ -439,14 +510,15 @@ def test_clip_score_is_two_and_a_half_cosines(clip, prefix):
         ids = torch.tensor([[start, *letters[:22], end]])
         with torch.no_grad():
             text = model.text_projection(model.text_model(ids).last_hidden_state[:, -1])
-            vision = model.vision_model(preprocess(image, 32)[None])
+            vision = model.vision_model(preprocess(open_picture(image), 32)[None])
             seen = model.visual_projection(vision.pooler_output)
         expected.append(2.5 * max(F.cosine_similarity(text, seen).item(), 0))
     assert max(expected) > 0 == min(expected)  # both sides of the clamp
     score = ClipScore.from_checkpoint(clip, prefix=prefix)
     for batch_size in (1, 2, 16):
         assert np.abs(score.score(prompts, PICTURES, batch_size=batch_size) - expected).max() < 1e-5
-    assert score.cut(prompts) == (2 if prefix else 1)
+    assert score.cut(prompts) == (2 if prefix else 1) and score.cut(prompts[4]) == 1
+    assert np.array_equal(score.score("x", PICTURES), score.score(["x"] * 5, PICTURES))
     with pytest.raises(ValueError, match="5 prompts and 4 pictures"):
         score.score(prompts, PICTURES[:4])
 

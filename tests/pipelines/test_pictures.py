@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused, write_atomically
+from dit_accel.pipelines.pictures import as_shown, psnr, psnr_text, rgb, save, side_by_side, stem, unused, write_atomically
 
 
 def noise_image(seed: int, size: tuple[int, int] = (20, 12)) -> Image.Image:
@@ -31,6 +31,44 @@ def test_psnr_does_not_wrap_around():
 def test_identical_pictures_are_called_so():
     assert psnr(noise_image(0), noise_image(0)) == math.inf
     assert psnr_text(math.inf) == "identical"
+
+
+def test_sixteen_bits_are_read_in_full():
+    levels = np.array([[0, 128, 256, 257], [32768, 65535, 12850, 1]], dtype=np.uint16)
+    assert np.asarray(as_shown(Image.fromarray(levels))).tolist() == [[0, 0, 1, 1], [128, 255, 50, 0]]
+    assert rgb(Image.fromarray(levels))[1, 1].tolist() == [255] * 3
+    for dtype in (np.int32, np.float32):
+        with pytest.raises(ValueError, match="32 bits"):
+            rgb(Image.fromarray(levels.astype(dtype)))
+
+
+def test_transparent_places_are_white():
+    colors = np.random.default_rng(0).integers(0, 256, (12, 20, 4), dtype=np.uint8)
+    alpha = colors[..., 3:] / 255
+    expected = colors[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(rgb(Image.fromarray(colors)) - expected).max() <= 1
+    image = noise_image(0).convert("P")
+    image.info["transparency"] = image.getpixel((3, 4))
+    shown = as_shown(image)
+    assert shown.mode == "RGB" and shown.getpixel((3, 4)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_by_their_exif_data(tmp_path, orientation):
+    """By the definition: which edge of the stored picture is the top and which the left of the shown one."""
+    image, exif = noise_image(0), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    stored = np.asarray(image)
+    flips = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
+    turns = {n + 4: np.swapaxes(flips[m], 0, 1) for n, m in ((1, 1), (2, 4), (3, 3), (4, 2))}
+    assert np.array_equal(rgb(Image.open(tmp_path / "a.png")), (flips | turns)[orientation])
+
+
+def test_other_pictures_stay_what_they_are():
+    for mode in ("RGB", "L", "P", "1", "CMYK"):
+        image = noise_image(0).convert(mode)
+        assert as_shown(image) is image
 
 
 def test_save_puts_the_record_into_the_png_and_beside_it(tmp_path):
