@@ -6,8 +6,6 @@ sampling loop of one's own), the time is read from the call's argument, and what
 afresh.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,14 +23,7 @@ MOST = 16  # guidance branches
 
 @dataclass(frozen=True)
 class Call:
-    """What is known of a call before it is carried out.
-
-    Attributes:
-        latents: a tensor, or a list of them.
-        text: what tells guidance branches apart; a tensor, a list of them, or None.
-        timestep: a tensor whose last element counts, or a number.
-        context: diffusers' `CacheContext`, if the pipeline names its calls.
-    """
+    """What is known of a call before it is carried out; text tells branches apart; of a timestep the last element counts."""
 
     latents: Any
     text: Any
@@ -42,54 +33,22 @@ class Call:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a call lies.
+    """Where a call lies."""
 
-    Attributes:
-        begins: whether a run begins here: everything remembered belongs to another one.
-        fresh: whether this branch begins here, or begins anew because its text changed.
-        branch: number of the guidance branch, in the order in which the run met them.
-        step: from 0, where the run began.
-        time: as the transformer is told it.
-        steps: of the whole run; None if unknown.
-        times: of all steps; empty if unknown.
-    """
-
-    begins: bool
-    fresh: bool
-    branch: int
-    step: int
-    time: float
-    steps: int | None
-    times: tuple[float, ...] = ()
+    begins: bool  # whether a run begins here: everything remembered belongs to another one
+    fresh: bool  # whether this branch begins here, or begins anew because its text changed
+    branch: int  # number of the guidance branch, in the order in which the run met them
+    step: int  # from 0, where the run began
+    time: float  # as the transformer is told it
+    steps: int | None  # of the whole run; None if unknown
+    times: tuple[float, ...] = ()  # of all steps; empty if unknown
 
 
-@dataclass(frozen=True, eq=False)
-class _Text:
-    """What tells branches apart: tensors, and how often they were written to."""
-
-    tensors: tuple[torch.Tensor, ...]
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, text: Any) -> _Text:
-        tensors = tuple(t for t in (text if isinstance(text, (list, tuple)) else (text,)) if isinstance(t, torch.Tensor))
-        return cls(tensors, tuple(-1 if t.is_inference() else t._version for t in tensors))
-
-    def is_that_of(self, other: _Text) -> bool:
-        """Whether these are the very same tensors, whatever was written to them since."""
-        return len(self.tensors) == len(other.tensors) and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
-
-    def equals(self, other: _Text) -> bool:
-        """Whether they hold the same; numbers are compared only where the tensors are others."""
-        if self.is_that_of(other):
-            return self.versions == other.versions
-        return len(self.tensors) == len(other.tensors) and all(map(_equal, self.tensors, other.tensors))
-
-
-@dataclass
+@dataclass(eq=False)
 class _Branch:
     name: str | None
-    text: _Text
+    text: tuple[torch.Tensor, ...]
+    versions: tuple[int, ...]  # how often they were written to
     step: int  # of its last call
     time: float
     again: bool = False  # whether it was called more than once at that time
@@ -97,14 +56,7 @@ class _Branch:
 
 @dataclass
 class Clock:
-    """Follows the calls of one transformer.
-
-    Args:
-        scheduler: gives the pipeline's scheduler, or None where there is no pipeline.
-
-    Attributes:
-        why: why the last run began in the midst of another one, in words; empty where it was to be expected.
-    """
+    """Follows the calls of one transformer. `why` says why the last run began amid another, or is empty."""
 
     scheduler: Callable[[], Any] = lambda: None
     why: str = ""
@@ -133,7 +85,10 @@ class Clock:
         if self._running and signature != self._signature:
             why = "the shape, type or device of the latents changed, or another thread called"
         time = self._times[index] if index is not None else _number(call.timestep)
-        text, name = _Text.of(call.text), getattr(call.context, "name", None)
+        text = tuple(
+            t for t in (call.text if isinstance(call.text, (list, tuple)) else (call.text,)) if isinstance(t, torch.Tensor)
+        )
+        versions, name = tuple(-1 if t.is_inference() else t._version for t in text), getattr(call.context, "name", None)
         branch = self._find(name, text, index, time) if self._running and not why else None
         still = branch is not None and index is not None and branch.step == index - self._start
         if still:  # the scheduler has not moved on between two calls of one branch: it does not drive them
@@ -153,13 +108,12 @@ class Clock:
         elif time != self._time:
             self._step, self._direction = self._step + 1, 1 if time > self._time else -1
         self._time = time
-        fresh = branch is None or not branch.text.equals(text)
+        known = branch is not None and (branch.versions == versions if _same(branch.text, text) else _equal(branch.text, text))
         if branch is None:
-            branch = _Branch(name, text, self._step, time)
-            self._branches.append(branch)
-        branch.text, branch.step, branch.time, branch.again = text, self._step, time, again
+            self._branches.append(branch := _Branch(name, text, versions, self._step, time))
+        branch.text, branch.versions, branch.step, branch.time, branch.again = text, versions, self._step, time, again
         times = self._times[self._start :] if index is not None else ()
-        return Moment(begins, fresh, self._branches.index(branch), self._step, time, len(times) or None, times)
+        return Moment(begins, not known, self._branches.index(branch), self._step, time, len(times) or None, times)
 
     def _index(self, call: Call) -> tuple[int | None, str]:
         """The scheduler's step, or None where it cannot be trusted; and why a run begins, where that is seen from it."""
@@ -220,17 +174,15 @@ class Clock:
             return ROSE  # only when it rises again, this is a run in which it rises
         return ""
 
-    def _find(self, name: str | None, text: _Text, index: int | None, time: float) -> _Branch | None:
+    def _find(self, name: str | None, text: tuple[torch.Tensor, ...], index: int | None, time: float) -> _Branch | None:
         """By name; else by the very tensors of the text; else by what they hold; else by its turn among the calls of a step."""
         if name is not None:
             return next((b for b in self._branches if b.name == name), None)
         unnamed = [b for b in self._branches if b.name is None]
-        for same in (_Text.is_that_of, _Text.equals):
-            for branch in unnamed:
-                if same(branch.text, text):
-                    return branch
-        waiting = [b for b in unnamed if (b.step != index - self._start if index is not None else b.time != time)]
-        return waiting[0] if waiting else None
+        for same in (_same, _equal):
+            if found := next((b for b in unnamed if same(b.text, text)), None):
+                return found
+        return next((b for b in unnamed if (b.step != index - self._start if index is not None else b.time != time)), None)
 
 
 def _place(timestep: Any, timesteps: torch.Tensor) -> int | None:
@@ -249,8 +201,18 @@ def _on_device(timestep: Any) -> bool:
     return isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(torch.equal(a, b))
+def _same(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    """Whether these are the very same tensors, whatever was written to them since."""
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+
+
+def _equal(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    """Whether they hold the same."""
+
+    def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(torch.equal(a, b))
+
+    return len(some) == len(others) and all(map(equal, some, others))
 
 
 def _number(timestep: Any) -> float:

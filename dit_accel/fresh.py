@@ -4,8 +4,6 @@ PyTorch's scaled_dot_product_attention is where all of diffusers' own processors
 the keys and values of the selected tokens refresh those that are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from dit_accel.rows import put, take
+from dit_accel.store import put, take
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of scaled_dot_product_attention
 Given = dict[str, Any]
@@ -67,12 +65,7 @@ class PerPicture(list[Any]):
 
 
 def positions(table: Any, lengths: set[int], rows: Callable[[int], torch.Tensor]) -> Any:
-    """The selected rows of rotary tables, along the first dimension that is as long as a sequence of tokens.
-
-    Args:
-        lengths: of sequences, with text and without.
-        rows: the selected ones of a sequence of this length, [k] or [B, k].
-    """
+    """The selected rows of rotary tables, along the first dimension that is as long as a sequence of tokens (`lengths`)."""
     if not isinstance(table, torch.Tensor):
         return table if table is None else tuple(positions(part, lengths, rows) for part in table)
     dim = next((place for place, size in enumerate(table.shape) if size in lengths), None)
@@ -80,9 +73,11 @@ def positions(table: Any, lengths: set[int], rows: Callable[[int], torch.Tensor]
 
 
 def picture(value: Any, place: int, batch: int) -> Any:
-    """What belongs to one picture of a batch."""
+    """What belongs to one picture of a batch, in a nest of arguments."""
     if isinstance(value, PerPicture):
         return value[place]
+    if isinstance(value, dict):
+        return {key: picture(part, place, batch) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(picture(part, place, batch) for part in value)
     return value[place : place + 1] if isinstance(value, torch.Tensor) and len(value) == batch else value

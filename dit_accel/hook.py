@@ -3,8 +3,6 @@
 Not part of `apply.py`, which anybody imports: diffusers takes a second to load its hooks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
@@ -12,14 +10,15 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 
-from dit_accel.clock import Call, Clock, Moment
-from dit_accel.plan import Record, Todo
+from dit_accel.clock import Call, Clock
+from dit_accel.engine import Engine
+from dit_accel.plan import Todo
 
 HOOK = "dit_accel"
 CACHES = ("_cache", "pyramid_attention_broadcast")  # how the modules of diffusers' own caches are named
@@ -27,24 +26,6 @@ LATENTS, TIMESTEP = ("hidden_states", "x"), ("timestep", "t", "timesteps")  # ar
 # Of which the text tells guidance branches apart.
 TEXT = ("encoder_hidden_states", "encoder_hidden_states_t5", "cap_feats", "text_bth", "input_ids", "class_labels")
 WASTED = 3  # runs in a row that begin in the middle of another one before a warning says so
-
-
-class Engine(Protocol):
-    """What is applied to a transformer."""
-
-    calls: list[Record]
-
-    def begin(self, moment: Moment, call: Call, given: dict[str, Any]) -> None:
-        """A run begins with this call, whose arguments are given by name."""
-
-    def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
-        """How the call is answered."""
-
-    def plain(self) -> None:
-        """The next call is the model's own, and nothing is remembered of it."""
-
-    def end(self) -> None:
-        """Free what is remembered; the record stays until the next run begins."""
 
 
 class Names(StateManager):  # type: ignore[misc]
@@ -58,11 +39,7 @@ class Names(StateManager):  # type: ignore[misc]
 
 
 class EngineHook(ModelHook):  # type: ignore[misc]
-    """Hands every call of a transformer to an engine.
-
-    Args:
-        pipeline: whose transformer it is, if that is known.
-    """
+    """Hands every call of a transformer to an engine; the pipeline's scheduler tells the time, if the pipeline is known."""
 
     _is_stateful = True
 
@@ -92,8 +69,7 @@ class EngineHook(ModelHook):  # type: ignore[misc]
             self.engine.plain()
             return Todo()
         given = self.signature.bind_partial(module, *args, **kwargs).arguments
-        latents, text, timestep = (_first(given, names) for names in (LATENTS, TEXT, TIMESTEP))
-        call = Call(latents, text, timestep, self.names.current)
+        call = call_of(given, self.names.current)
         moment = self.clock.tick(call)
         if moment.begins:
             self._warn()
@@ -113,8 +89,12 @@ class EngineHook(ModelHook):  # type: ignore[misc]
             )
 
 
-def _first(given: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((given[name] for name in names if given.get(name) is not None), None)
+def call_of(given: dict[str, Any], context: Any = None) -> Call:
+    """From the arguments of a transformer's forward by name."""
+    latents, text, timestep = (
+        next((given[name] for name in names if given.get(name) is not None), None) for names in (LATENTS, TEXT, TIMESTEP)
+    )
+    return Call(latents, text, timestep, context)
 
 
 def attach(transformer: Any, engine: Engine, pipeline: Any) -> None:
@@ -136,13 +116,13 @@ def attach(transformer: Any, engine: Engine, pipeline: Any) -> None:
                 )
             try:
                 todo = hook.decide(transformer, args, kwargs)
-                if todo.done:
-                    return todo.output
+                if todo.skip:
+                    return todo.then(None)
                 if todo.change is not None:
                     args, kwargs = todo.change((args, kwargs))
                 with todo.within:
                     output = stock(*args, **kwargs)
-                return output if todo.then is None else todo.then(output)
+                return todo.then(output)
             finally:
                 hook.busy.release()
 

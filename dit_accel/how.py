@@ -9,10 +9,10 @@ one's own:
         return [0.5, 0.5] if len(times) > 1 else [1.0]
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 Weights = Callable[[Sequence[float], float, int], list[float]]
 
@@ -64,32 +64,26 @@ def polynomial(times: Sequence[float], now: float, order: int) -> list[float]:
 @register_how("taylor")
 def taylor(times: Sequence[float], now: float, order: int) -> list[float]:
     """The Taylor expansion at the newest value, with derivatives by backward differences (TaylorSeer, arXiv 2503.06923)."""
-    ahead = now - times[0]
-    return _combined(times, [ahead**k / math.factorial(k) for k in range(order + 1)])
+    return _combined(times, [(now - times[0]) ** k / math.factorial(k) for k in range(order + 1)])
 
 
 @register_how("hermite")
 def hermite(times: Sequence[float], now: float, order: int) -> list[float]:
     """As Taylor, with scaled Hermite polynomials in place of powers (HiCache, arXiv 2508.16984, with its scale 1/2)."""
-    if order == 0:
-        return [1.0]
-    unit, scale = times[0] - times[1], 0.5
-    polynomials = [1.0, 2 * scale * (now - times[0]) / unit]
-    while len(polynomials) <= order:  # H_k+1(x) = 2 x H_k(x) - 2 k H_k-1(x)
-        k = len(polynomials) - 1
+    unit = times[0] - times[1] if order else 1.0
+    polynomials = [1.0, (now - times[0]) / unit]  # 2 * scale * x
+    for k in range(1, order):  # H_k+1(x) = 2 x H_k(x) - 2 k H_k-1(x)
         polynomials.append(polynomials[1] * polynomials[k] - 2 * k * polynomials[k - 1])
-    return _combined(times, [unit**k * scale**k * polynomials[k] / math.factorial(k) for k in range(order + 1)])
+    return _combined(times, [(unit / 2) ** k * polynomials[k] / math.factorial(k) for k in range(order + 1)])
 
 
 def _combined(times: Sequence[float], factors: Sequence[float]) -> list[float]:
     """Weights of the values for a sum of factors times their derivatives at the newest time."""
-    count = len(times)
-    derivatives = [[float(i == j) for j in range(count)] for i in range(count)]  # of each value, in terms of all
-    total = [factors[0] * w for w in derivatives[0]]
+    derivatives = np.eye(len(times))  # of each value, in terms of all
+    total = factors[0] * derivatives[0]
     for factor in factors[1:]:
-        derivatives = [
-            [(a - b) / (times[i] - times[i + 1]) for a, b in zip(derivatives[i], derivatives[i + 1], strict=True)]
-            for i in range(len(derivatives) - 1)
-        ]
-        total = [t + factor * w for t, w in zip(total, derivatives[0], strict=True)]
-    return total
+        distances = np.array(times[: len(derivatives) - 1]) - np.array(times[1 : len(derivatives)])
+        derivatives = (derivatives[:-1] - derivatives[1:]) / distances[:, None]
+        total = total + factor * derivatives[0]
+    weights: list[float] = total.tolist()
+    return weights

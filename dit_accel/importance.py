@@ -1,7 +1,5 @@
 """Attention received and the entropy of attention to the text per token, in memory that grows with the tokens alone."""
 
-from __future__ import annotations
-
 import torch
 
 from dit_accel.chunks import at_once

@@ -1,55 +1,41 @@
 """Merging in one layer of the model: what its attention and its feed-forward share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dit_accel import fill, merging
+from dit_accel import merging
 from dit_accel.config import TokenMergeConfig
 
 
-@dataclass
 class Shared:
-    """One matching, and the step at which it was made, for all the layers and steps that use it."""
+    """One matching for all the layers and steps that use it."""
 
-    matching: merging.Matching | None = None
-    step: int = 0
-
-    def bytes(self) -> int:
-        return fill.size_in_bytes(tuple(vars(self.matching).values())) if self.matching is not None else 0
+    matching: Any = None
 
 
 class MergeSite:
-    """One layer's merging. Like a `Site`, it is bound by the transformer's pre-hook; blocks and processors only call.
+    """One layer's merging. Where text, or a reference picture, shares a sequence, the image's tokens are those from `start` on."""
 
-    Where text, or a reference picture, shares a sequence with the image, the image's tokens are those from `start` on.
-    """
-
-    def __init__(self, config: TokenMergeConfig, layer: int) -> None:
-        self.config, self.layer = config, layer
-        self.release()
+    def __init__(self, config: TokenMergeConfig) -> None:
+        self.config = config
+        self.bind()
 
     def release(self) -> None:
-        """Forget everything and compute as if nothing had been applied."""
-        self.count = 0  # tokens that this call merges into others; at 0 nothing is done
-        self.tokens = 0  # of the image
-        self.text = 0  # tokens in front of the image in a joint sequence
-        self.halves = False
-        self.into: torch.Tensor | None = None  # destinations [D], if this call makes a matching here
-        self.shared = Shared()
+        """Merge nothing."""
+        self.bind()
 
-    def bind(self, shared: Shared, count: int, tokens: int, text: int, halves: bool, into: torch.Tensor | None) -> None:
-        """Point at what this call works with."""
-        self.shared, self.count, self.tokens, self.text, self.halves, self.into = shared, count, tokens, text, halves, into
+    def bind(
+        self, shared: Any = None, count: int = 0, tokens: int = 0, text: int = 0, halves: bool = False, into: Any = None
+    ) -> None:
+        """Merge `count` of the image's tokens, behind so many of text; by a new matching if there are destinations `into`, [D].
 
-    @property
-    def matching(self) -> merging.Matching:
-        assert self.shared.matching is not None
-        return self.shared.matching
+        By default nothing is merged. `halves`: guidance is in one batch.
+        """
+        self.shared, self.count, self.tokens, self.text = shared or Shared(), count, tokens, text
+        self.halves, self.into = halves, into
 
     @property
     def merges_mlp(self) -> bool:
@@ -79,7 +65,7 @@ class MergeSite:
     def _within(
         self, tokens: torch.Tensor, start: int, length: int, change: Callable[[torch.Tensor, merging.Matching], torch.Tensor]
     ) -> torch.Tensor:
-        image = change(tokens[:, start : start + length], self.matching)
+        image = change(tokens[:, start : start + length], self.shared.matching)
         if length == tokens.shape[1]:
             return image
         return torch.cat([tokens[:, :start], image, tokens[:, start + length :]], dim=1)
@@ -92,12 +78,8 @@ class MergeSite:
 
     def places(self, start: int, length: int) -> torch.Tensor:
         """The token whose place each merged token takes, in a whole sequence of this length: [B, length - count]."""
-        places = self.matching.places + start
-        before, after = (
-            torch.arange(*ends, device=places.device).expand(len(places), -1)
-            for ends in ((0, start), (start + self.tokens, length))
-        )
-        return torch.cat([before, places, after], dim=1)
+        every = torch.arange(length, device=self.shared.matching.places.device).expand(len(self.shared.matching.places), -1)
+        return torch.cat([every[:, :start], self.shared.matching.places + start, every[:, start + self.tokens :]], dim=1)
 
     def mask(
         self, mask: torch.Tensor | None, like: torch.Tensor, start: int, length: int, queries: bool, keys: bool = True
@@ -124,7 +106,7 @@ class MergeSite:
             mask = mask >= 1 if boolean else mask
         if not (keys and self.config.proportional_attention):
             return mask
-        sizes = self.matching.sizes.log()
+        sizes = self.shared.matching.sizes.log()
         weights = F.pad(sizes, (start, length - start - self.tokens)).to(like.dtype)[:, None]
         if mask is None:
             return weights

@@ -3,8 +3,6 @@
 Source: ToMe-SD, Bolya and Hoffman, CVPRW 2023, arXiv 2303.17604. Pure functions of tensors on an explicit grid.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

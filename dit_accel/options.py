@@ -1,12 +1,11 @@
-"""What configurations share: options with help texts, checked, and round-tripped through plain dicts.
+"""What configurations share: options with help texts and checks, round-tripped through plain dicts.
 
 The command line and the docs are made from the fields, so every option is described once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
+import math
 import numbers
 import textwrap
 import types
@@ -17,14 +16,43 @@ from typing import Any, TypeVar
 Config = TypeVar("Config", bound="Options")
 
 
-def option(default: Any, help: str, flag: str | None = None) -> Any:
+def option(default: Any, help: str, least: float = -math.inf, most: float = math.inf, flag: str | None = None, **more: Any) -> Any:
     """A field of a configuration.
 
     Args:
         help: what it does, for the class's docstring and for the command line.
+        least, most: of a number, or of every number.
         flag: its name on the command line if that differs, "" if it has none.
+        more: `choices`, the only values allowed; or `known`, a function that raises ValueError for a name that will not do.
     """
-    return dataclasses.field(default=default, metadata={"help": help} | ({} if flag is None else {"flag": flag}))
+    metadata = {"help": help, "least": least, "most": most, **more} | ({} if flag is None else {"flag": flag})
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _as(kind: Any, value: Any, least: float, most: float) -> Any:
+    """The value as one of this kind; ValueError with what would do if it is none."""
+    ends = f"of at least {least}" if most == math.inf else f"between {least} and {most}"
+    if typing.get_origin(kind) is tuple:
+        inner, *others = typing.get_args(kind)
+        length = len(others) + 1 if Ellipsis not in others else 0
+        try:
+            if isinstance(value, (tuple, list)) and value and (not length or len(value) == length):
+                return tuple(_as(inner, part, least, most) for part in value)
+        except ValueError:
+            pass
+        what = "whole numbers" if inner is int else "numbers"
+        raise ValueError(f"{'two' if length == 2 else 'a list of one or more'} {what} {ends}")
+    if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most:
+        return int(value)
+    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if math.isfinite(value) and least <= float(value) <= most:
+            return value if isinstance(value, (int, float)) else float(value)  # of numpy
+    if kind in (bool, str, type(None)) and isinstance(value, kind):
+        return value
+    if kind not in (int, float, bool, str, type(None)) and callable(value):
+        return value
+    words = {int: f"a whole number {ends}", float: f"a number {ends}", bool: "True or False", str: "a name", type(None): "None"}
+    raise ValueError(words.get(kind, "a function"))
 
 
 @dataclass(frozen=True)
@@ -39,6 +67,23 @@ class Options:
             if isinstance(field, dataclasses.Field)
         ]
         cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value, limits, words = field.name, getattr(self, field.name), field.metadata, []
+            choices, known = limits.get("choices"), limits.get("known")
+            if choices is not None and value not in choices and not callable(value):
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+            for kind in self.kinds()[name]:
+                try:
+                    object.__setattr__(self, name, _as(kind, value, limits["least"], limits["most"]))
+                    break
+                except ValueError as error:
+                    words.append(str(error))
+            else:
+                raise ValueError(f"{name} must be {' or '.join(words)}, not {value!r}.")
+            if known is not None and isinstance(value, str):
+                known(value)
 
     def to_dict(self) -> dict[str, Any]:
         """All options by name; a function given as an option stays one."""
@@ -58,38 +103,3 @@ class Options:
         hints = typing.get_type_hints(cls)
         unions = (typing.Union, types.UnionType)
         return {name: typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,) for name, hint in hints.items()}
-
-    def _whole(self, name: str, least: int) -> None:
-        if not is_whole(value := getattr(self, name), least):
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
-        self._set(name, int(value))
-
-    def _numbers(self, *names: str) -> None:
-        for name in names:
-            if not is_number(value := getattr(self, name)):
-                raise ValueError(f"{name} must be a number, not {value!r}.")
-            if not isinstance(value, (int, float)):  # of numpy
-                self._set(name, float(value))
-
-    def _switches(self, *names: str) -> None:
-        for name in names:
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {value!r}.")
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-
-def known_selector(name: str) -> None:
-    """ValueError with the known names if there is no such selector."""
-    from dit_accel import which  # which loads torch, and the commands show their help without it
-
-    which.get(name)
-
-
-def is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

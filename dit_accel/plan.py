@@ -1,94 +1,62 @@
 """What a call computes, decided from the configuration and the clock alone: no features, no model, no device."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from dit_accel import how, when
 from dit_accel.clock import Moment
-from dit_accel.config import OutputCacheConfig, TokenCacheConfig, each
-from dit_accel.when import Mode
+from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig, each
+from dit_accel.when import Matched, Mode
 
 
 @dataclass(frozen=True)
 class Todo:
-    """How a call is answered: with an output, or by the model's own forward.
+    """How a call is answered."""
 
-    Attributes:
-        done: whether `output` is the answer.
-        change: made of the arguments that the forward is called with; None leaves them.
-        within: what the forward is called in.
-        then: makes the answer of what the forward returns; None leaves it.
-    """
-
-    done: bool = False
-    output: Any = None
-    change: Callable[[Any], Any] | None = None
-    within: AbstractContextManager[Any] = nullcontext()
-    then: Callable[[Any], Any] | None = None
+    skip: bool = False  # whether the model's own forward is not called
+    change: Callable[[Any], Any] | None = None  # made of its arguments
+    within: AbstractContextManager[Any] = nullcontext()  # what it is called in
+    then: Callable[[Any], Any] = lambda output: output  # makes the answer of what it returns
 
 
 @dataclass
 class Past:
-    """What the host knows of a guidance branch.
+    """What the host knows of a guidance branch."""
 
-    Attributes:
-        times: of the full steps whose outputs are remembered, newest first.
-        guided: of those whose difference of the guidance branches is remembered, newest first.
-        number: how many full steps there have been in this run.
-        next_full: number of the next full step.
-    """
-
-    times: list[float] = field(default_factory=list)
-    guided: list[float] = field(default_factory=list)
-    number: int = 0
-    next_full: int = 0
+    times: list[float] = field(default_factory=list)  # of the full steps remembered, newest first; at module scope, numbers
+    guided: list[float] = field(default_factory=list)  # of those whose difference of the branches is remembered
+    number: int = 0  # of full steps in this run
+    next_full: int = 0  # number of the next full step
+    matched: dict[int, int] = field(default_factory=dict)  # by group of layers, when it was matched
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one call computes.
+    """What one call computes."""
 
-    Attributes:
-        mode: everything (FULL) or a forecast, perhaps with some tokens (PARTIAL).
-        weights: of the remembered outputs, newest first, for the forecast.
-        difference: of the remembered differences of the guidance branches, if the unconditional one follows from the conditional
-            one; empty if it is computed.
-    """
+    mode: Mode  # everything (FULL), or some tokens or none (PARTIAL)
+    weights: tuple[float, ...] = ()  # of what is remembered, newest first
+    difference: tuple[float, ...] = ()  # of the remembered differences, if the unconditional branch follows from them
+    rows: float = 1.0  # share of the batch that runs: less where the unconditional branch is left out
+    counts: tuple[int, ...] = ()  # tokens that a partial step computes at every token-wise site
+    tokens: int = 0  # that a full step computes there
+    unseen: bool = False  # whether a text stream is left as it is, because nothing looks at it
+    plain: tuple[int, ...] = ()  # sites, by their place, that are computed as if nothing were applied
+    merged: int = 0  # image tokens merged into others in every merging layer
+    matched: tuple[Matched, ...] = ()  # how, layer by layer
 
-    mode: Mode
-    weights: tuple[float, ...] = ()
-    difference: tuple[float, ...] = ()
 
+@dataclass(frozen=True, kw_only=True)
+class Record(StepPlan):
+    """What one call of the transformer computed."""
 
-@dataclass(frozen=True)
-class Record:
-    """What one call of the transformer computed.
-
-    Attributes:
-        branch: number of the guidance branch; step: from 0.
-        rows: share of the batch that ran through the model: less where the unconditional branch was left out.
-        counts: tokens computed by every token-wise site, in the order of the run's sites; tokens: that a full step computes there.
-        text: text tokens.
-        plain: sites, by their place in the run's, that this call computed as if nothing were applied.
-        merged: image tokens merged into others in every merging layer; matched: how, layer by layer.
-        cache_bytes: after the call, all branches together.
-    """
-
-    branch: int
-    step: int
-    mode: Mode
-    rows: float = 1.0
-    counts: tuple[int, ...] = ()
-    tokens: int = 0
-    text: int = 0
-    plain: tuple[int, ...] = ()
-    merged: int = 0
-    matched: tuple[when.Matched, ...] = ()
-    cache_bytes: int = 0
+    branch: int  # number of the guidance branch
+    step: int  # from 0
+    transformer: int = 0  # its place in the pipeline
+    text: int = 0  # text tokens
+    cache_bytes: int = 0  # after the call, all branches together
 
     @property
     def saves(self) -> bool:
@@ -100,13 +68,69 @@ class Record:
         return sum(self.counts)
 
 
-def step_plan(config: OutputCacheConfig, moment: Moment, past: Past) -> StepPlan:
-    """The plan of a call of this branch, which has this past."""
+def step_plan(config: OutputCacheConfig, moment: Moment, past: Past, tokens: int = 0) -> StepPlan:
+    """The plan at model scope for a call of this branch, which has this past; `tokens` can be selected."""
+    following = difference(config, moment.time, past)
     if moment.fresh or not past.times or moment.step >= past.next_full:
         steps = config.guidance_steps
-        both = steps is None or guided(steps, moment.step, past.number)
-        return StepPlan(Mode.FULL, (), () if both else difference(config, moment.time, past))
-    return StepPlan(Mode.PARTIAL, forecast(config, moment.time, past), difference(config, moment.time, past))
+        return StepPlan(Mode.FULL, (), () if steps is None or guided(steps, moment.step, past.number) else following)
+    counts = (when.tokens_to_compute(config.compute_ratio, tokens),) if tokens else ()
+    return StepPlan(Mode.PARTIAL, forecast(config, moment.time, past), following, float(bool(tokens)), counts, tokens)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a plan at module scope knows of the model and its input."""
+
+    sites: Sequence[tuple[int, str, int]]  # place, stream and layer of token-wise computations
+    lengths: Mapping[str, int]  # tokens of every stream
+    text: int  # of those of a joint stream, the text's
+    unseen: bool  # whether nothing reads what a partial step computes of text
+    layers: int = 0  # that may merge
+    merged: int = 0  # image tokens to merge in each
+    plain: tuple[int, ...] = ()  # sites whose attention processor was replaced
+    lost: frozenset[int] = frozenset()  # layers likewise
+
+
+def module_plan(
+    config: TokenCacheConfig, merge: TokenMergeConfig | None, moment: Moment, past: Past, layout: Layout, nothing: tuple[int, ...]
+) -> StepPlan:
+    """The plan at module scope; `nothing` are all sites, which are plain where nothing is cached."""
+    uncached = config.interval == 1 or config.cache_ratio == 0
+    plain = nothing if uncached else layout.plain
+    if uncached or moment.fresh or not past.times or moment.step >= past.next_full:
+        matched = matchings(merge, moment.step, past, layout) if merge is not None else ()
+        return StepPlan(Mode.FULL, plain=plain, merged=layout.merged if matched else 0, matched=matched)
+    streams, share = [stream for _, stream, _ in layout.sites], 1 - config.cache_ratio
+    schedule = config.ratio_schedule if callable(config.ratio_schedule) else when.RATIO_SCHEDULES[config.ratio_schedule]
+    counts, total, steps = [], 0, config.steps or moment.steps
+    for place, stream, layer in layout.sites:
+        if place not in plain:
+            wanted = share * schedule(when.Place(moment.step, steps, layer, streams.count(stream), stream))
+            spared = layout.text if stream == "joint" and config.text_tokens != "select" else 0
+            left_out = stream == "text" and layout.unseen
+            counts.append(0 if left_out else when.tokens_to_compute(wanted, layout.lengths[stream] - spared))
+            total += layout.lengths[stream]
+    order = config.forecast_order if config.fill == "forecast" else 0
+    weights = how.coefficients("taylor", past.times, float(moment.step), order)
+    return StepPlan(Mode.PARTIAL, tuple(weights), counts=tuple(counts), tokens=total, unseen=layout.unseen, plain=plain)
+
+
+def matchings(merge: TokenMergeConfig, step: int, past: Past, layout: Layout) -> tuple[Matched, ...]:
+    """Which layers of a full step merge, and which of them make the matching."""
+    if not layout.merged or step < merge.warmup_steps:
+        return ()
+    steps, layers = merge.rematching
+    found, groups = [], set[int]()  # whose matching is there or on its way
+    for layer in range(layout.layers):
+        group = layer // layers
+        if layer in layout.lost:
+            found.append(Matched.NOT)
+            continue
+        made = past.matched.get(group)
+        found.append(Matched.HERE if group not in groups and (made is None or step - made >= steps) else Matched.BEFORE)
+        groups.add(group)
+    return tuple(found)
 
 
 def forecast(config: OutputCacheConfig, now: float, past: Past) -> tuple[float, ...]:
@@ -123,7 +147,7 @@ def difference(config: OutputCacheConfig, now: float, past: Past) -> tuple[float
 def rule(config: OutputCacheConfig | TokenCacheConfig) -> when.Rule:
     """How many steps after a full step the next one comes."""
     if isinstance(config, TokenCacheConfig):
-        chosen = when.spread(config.interval, config.interval_spread)
+        chosen = when.every(config.interval, config.interval_spread)
     elif config.full_steps is not None:
         chosen = when.listed(config.full_steps)
     elif config.tolerance is not None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_accel.apply import applied_to, transformer_of
-from dit_accel.flops import FlopCounter, OutputFlopCounter
+from dit_accel.apply import transformers_of
 from dit_accel.plan import Record
-from dit_accel.state import Run
 from dit_accel.when import Mode
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ class Report:
     """The calls of one run.
 
     Attributes:
-        calls: every call of the transformer, in order.
+        calls: every call of the transformer, in order; of two transformers, one's after the other's.
         grid: height and width of the picture in tokens.
         selections: which tokens were computed, if `apply` was asked to record them.
     """
@@ -47,7 +45,7 @@ class Report:
     calls: tuple[Record, ...]
     grid: tuple[int, int]
     selections: tuple[Selection, ...]
-    _count: FlopCounter | OutputFlopCounter
+    _counters: tuple[Any, ...]  # one for each transformer
 
     @property
     def full_steps(self) -> int:
@@ -79,12 +77,12 @@ class Report:
 
         Counted by replaying the calls on a weightless copy, which takes seconds for a large model; adapters are not counted.
         """
-        return tuple(self._count(self.calls))
+        return tuple(self._counters[call.transformer].call(call) for call in self.calls)
 
     @functools.cached_property
     def full_flops(self) -> int:
         """FLOPs of as many calls with everything computed."""
-        return sum(self._count.plain(self.calls))
+        return sum(self._counters[call.transformer].plain(call) for call in self.calls)
 
     @property
     def flops_ratio(self) -> float:
@@ -93,16 +91,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the selections, as plain numbers."""
-        return {
-            "full_steps": self.full_steps,
-            "partial_steps": self.partial_steps,
-            "tokens_share": self.tokens_share,
-            "tokens_merged": self.tokens_merged,
-            "cache_bytes": self.cache_bytes,
-            "flops": sum(self.flops),
-            "full_flops": self.full_flops,
-            "calls": self._rows(),
-        }
+        names = ("full_steps", "partial_steps", "tokens_share", "tokens_merged", "cache_bytes", "full_flops")
+        return {name: getattr(self, name) for name in names} | {"flops": sum(self.flops), "calls": self._rows()}
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a call."""
@@ -111,17 +101,9 @@ class Report:
         return pandas.DataFrame(self._rows())
 
     def _rows(self) -> list[dict[str, Any]]:
+        names = ("transformer", "branch", "step", "tokens_computed", "tokens", "cache_bytes")
         return [
-            {
-                "branch": call.branch,
-                "step": call.step,
-                "mode": call.mode.value,
-                "tokens_computed": call.tokens_computed,
-                "tokens": call.tokens,
-                "tokens_merged": call.merged,
-                "flops": flops,
-                "cache_bytes": call.cache_bytes,
-            }
+            {name: getattr(call, name) for name in names} | {"mode": call.mode.value, "tokens_merged": call.merged, "flops": flops}
             for call, flops in zip(self.calls, self.flops, strict=True)
         ]
 
@@ -151,13 +133,11 @@ def report(model: Any) -> Report:
     Raises:
         RuntimeError: if nothing is applied to the model.
     """
-    engine = applied_to(model)
-    if engine is None:
+    from dit_accel.flops import FlopCounter  # which loads what diffusers takes a second for
+
+    engines = [engine for transformer in transformers_of(model) if (engine := vars(transformer).get("_dit_accel"))]
+    if not engines:
         raise RuntimeError("Nothing is applied to this model; call dit_accel.apply first.")
-    transformer = transformer_of(model)
-    if not isinstance(engine, Run):
-        counter = OutputFlopCounter(transformer, engine.inputs, engine.config.attention)
-        return Report(tuple(engine.calls), engine.grid, (), counter)
-    engine.collect()
-    selections = tuple(Selection(call, stream, layer, tokens) for call, stream, layer, tokens in engine.selections)
-    return Report(tuple(engine.calls), engine.grid, selections, FlopCounter(transformer, engine))
+    calls = tuple(replace(call, transformer=i) for i, engine in enumerate(engines) for call in engine.calls)
+    made = tuple(Selection(*selection) for selection in engines[0].selections)
+    return Report(calls, engines[0].run.grid, made, tuple(map(FlopCounter, engines)))

@@ -1,14 +1,56 @@
-"""What is remembered of a model's outputs, and sums of it. An output is the list of its leaves; only floating tensors count."""
+"""What is remembered of a model, rows of it, and sums of it.
 
-from __future__ import annotations
+The output of a transformer is the list of its leaves, of which only floating tensors are remembered; any other is passed on.
+"""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+def take(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of [B, N, ...]; rows are [k] or [1, k], the same in all of the batch, or [B, k]."""
+    if rows.ndim == 1 or len(rows) == 1:
+        return values.index_select(1, rows.flatten())
+    values = values.expand(len(rows), *values.shape[1:])
+    return values.gather(1, rows.reshape(*rows.shape, *[1] * (values.ndim - 2)).expand(*rows.shape, *values.shape[2:]))
+
+
+def put(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The inverse of `take`, in place and in the target's type; returns the target."""
+    source, rows, into = narrow(values, target.dtype, target.device), rows.to(target.device), target
+    if target.dtype.itemsize == 1:  # torch moves float8 about as bytes only
+        into, source = target.view(torch.uint8), source.view(torch.uint8)
+    if rows.ndim == 1 or len(rows) == 1:
+        into.index_copy_(1, rows.flatten(), source)
+    else:
+        into.scatter_(1, rows.reshape(*rows.shape, *[1] * (values.ndim - 2)).expand_as(source), source)
+    return target
+
+
+def narrow(features: torch.Tensor, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """To a type and a device; numbers beyond the type's range become its largest."""
+    if features.dtype == dtype or (most := torch.finfo(dtype).max) >= torch.finfo(features.dtype).max:
+        return features.to(device, dtype)
+    if dtype.itemsize == 1:  # float8 has no infinity that could be clamped afterwards
+        return features.clamp(-most, most).to(device, dtype)
+    return features.to(device, dtype).clamp_(-most, most)  # before, bfloat16 would round float16's largest up
+
+
+def each(function: Callable[..., torch.Tensor], *features: Any) -> Any:
+    """A function of tensors, applied to features that may be tuples of them."""
+    if isinstance(features[0], tuple):
+        return tuple(function(*parts) for parts in zip(*features, strict=True))
+    return function(*features)
+
+
+def size_in_bytes(nest: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(nest) if isinstance(leaf, torch.Tensor))
 
 
 def counts(leaf: Any) -> bool:
-    """Whether a leaf is remembered and forecast; any other is passed on as it is."""
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
@@ -36,6 +78,10 @@ def push(kept: list[list[Any]], times: list[float], time: float, leaves: list[An
     return new
 
 
+def _alike(a: Any, b: Any) -> bool:
+    return not counts(a) or (counts(b) and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device)
+
+
 def combined(kept: list[list[Any]], weights: tuple[float, ...]) -> list[Any]:
     """The weighted sum of remembered leaves, newest first, in float32."""
     total = []
@@ -50,23 +96,9 @@ def combined(kept: list[list[Any]], weights: tuple[float, ...]) -> list[Any]:
     return total
 
 
-def minus(leaves: list[Any], others: list[Any]) -> list[Any]:
-    return [a - b if counts(a) else a for a, b in zip(leaves, others, strict=True)]
-
-
-def halves(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
-    """First and second half of a batch."""
-    first, second = zip(*(leaf.chunk(2) if counts(leaf) else (leaf, leaf) for leaf in leaves), strict=True)
-    return list(first), list(second)
-
-
-def joined(first: list[Any], second: list[Any]) -> list[Any]:
-    """The inverse of `halves`."""
-    return [torch.cat([a, b]) if counts(a) else a for a, b in zip(first, second, strict=True)]
-
-
-def copied(leaves: list[Any]) -> list[Any]:
-    return [leaf.clone() if counts(leaf) else leaf for leaf in leaves]
+def paired(function: Callable[..., torch.Tensor], *leaves: list[Any]) -> list[Any]:
+    """A function of floating tensors, applied leaf by leaf."""
+    return [function(*parts) if counts(parts[0]) else parts[0] for parts in zip(*leaves, strict=True)]
 
 
 def relative_error(guess: list[Any], leaves: list[Any]) -> float:
@@ -76,28 +108,16 @@ def relative_error(guess: list[Any], leaves: list[Any]) -> float:
     return float((off / torch.stack([leaf.square().sum() for _, leaf in pairs]).sum()).sqrt())
 
 
-def size_in_bytes(leaves: list[Any]) -> int:
-    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+def on_meta(nest: Any) -> Any:
+    """The same for counting FLOPs: floating tensors without numbers and in float32, as the copy's weights; others on the CPU."""
 
+    def known(tensor: torch.Tensor) -> torch.Tensor:
+        floating = tensor.is_floating_point()
+        if not floating and not tensor.is_meta:
+            return tensor.detach().cpu()
+        return torch.empty_like(tensor, device="meta", dtype=torch.float32 if floating else tensor.dtype)
 
-def _alike(a: Any, b: Any) -> bool:
-    return not counts(a) or (counts(b) and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device)
-
-
-def on_meta(value: Any) -> Any:
-    """The same nest of lists, tuples and dicts with tensors without numbers; floating ones are float32, as the copy is."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty_like(value, device="meta", dtype=torch.float32 if value.is_floating_point() else value.dtype)
-    if isinstance(value, dict):
-        return {key: on_meta(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(on_meta(part) for part in value)
-    return value
-
-
-def forget_numbers(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one call of the transformer, as the counter keeps them."""
-    return {name: on_meta(value) for name, value in given.items() if name != "self"}
+    return tree_map_only(torch.Tensor, known, nest)
 
 
 def later_rows(value: Any, batch: int, share: float) -> Any:

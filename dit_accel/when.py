@@ -1,7 +1,5 @@
 """When is everything computed, and how many tokens otherwise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -16,11 +14,11 @@ class Mode(Enum):
 
 
 class Matched(Enum):
-    """Where a layer has its matching from."""
+    """Whether a layer's matching is computed, reused or skipped."""
 
     HERE = "here"
     BEFORE = "before"
-    NOT = "not"  # nothing is merged there
+    NOT = "not"
 
 
 @dataclass(frozen=True)
@@ -28,10 +26,8 @@ class Place:
     """Where in the run and in the model a share of tokens is asked for.
 
     Attributes:
-        step: number of the step, from 0.
-        steps: how many there are; None where nobody said.
-        layer: index of the layer within its stream.
-        layers: how many there are in the stream.
+        step: number of the step, from 0; steps: how many there are, None if unknown.
+        layer: index of the layer within its stream; layers: how many there are in the stream.
         stream: "image", "text", "joint", "cross-attention" or "feed-forward".
     """
 
@@ -43,15 +39,12 @@ class Place:
 
     @property
     def progress(self) -> float:
-        """step / steps; RuntimeError where the number of steps is not known."""
+        """step / steps; RuntimeError if the number of steps is unknown."""
         return self.step / known(self.steps)
 
 
-RatioSchedule = Callable[[Place], float]
-
-
 def known(steps: int | None) -> int:
-    """The number of steps; RuntimeError if nobody said it."""
+    """The number of steps; RuntimeError if it is unknown."""
     if steps is None:
         raise RuntimeError(
             "This schedule depends on the number of steps, which the transformer alone does not know. "
@@ -60,8 +53,7 @@ def known(steps: int | None) -> int:
     return steps
 
 
-def constant(place: Place) -> float:
-    return 1.0
+RatioSchedule = Callable[[Place], float]
 
 
 def toca(place: Place) -> float:
@@ -72,14 +64,7 @@ def toca(place: Place) -> float:
     return (1.9 - 1.8 * place.progress) * (1.6 - 1.2 * depth) * (0.6 if place.stream == "cross-attention" else 1.6)
 
 
-RATIO_SCHEDULES: dict[str, RatioSchedule] = {"constant": constant, "toca": toca}
-
-
-def interval_after(step: int, interval: int, spread: float, steps: int | None) -> int:
-    """Steps from a full step to the next one: round(N / (1 - w + 2 w s / S)), at least 1; N where w is 0."""
-    if spread == 0:
-        return interval
-    return max(1, round(interval / (1 - spread + 2 * spread * step / known(steps))))
+RATIO_SCHEDULES: dict[str, RatioSchedule] = {"constant": lambda place: 1.0, "toca": toca}
 
 
 def tokens_to_compute(share: float, tokens: int) -> int:
@@ -96,8 +81,7 @@ class Progress:
         times: of all steps, as the transformer is told them; empty if unknown.
         number: how many full steps there have been, this one included.
         error: relative error (RMS) that a forecast of this step's output would have had; None without a past to forecast from.
-        distance: of that forecast: this step's time less that of the full step before.
-        order: of that forecast.
+        distance: of that forecast: this step's time less that of the full step before; order: of that forecast.
     """
 
     step: int
@@ -136,14 +120,11 @@ def get(name: str) -> Rule:
     return WHEN[name]
 
 
-def every(interval: int) -> Rule:
-    """A full step every `interval` steps."""
-    return lambda progress: interval
-
-
-def spread(interval: int, spread: float) -> Rule:
-    """An interval that shrinks along the run (ToCa on PixArt), see `interval_after`."""
-    return lambda progress: interval_after(progress.step, interval, spread, progress.steps)
+def every(interval: int, spread: float = 0.0) -> Rule:
+    """A full step every `interval` steps, or round(N / (1 - w + 2 w s / S)), at least 1, with a spread w (ToCa on PixArt)."""
+    if spread == 0:
+        return lambda progress: interval
+    return lambda progress: max(1, round(interval / (1 - spread + 2 * spread * progress.step / known(progress.steps))))
 
 
 def full_steps(rule: Rule, steps: int) -> list[int]:

@@ -8,18 +8,15 @@ A selector of one's own:
         return context.tokens.norm(dim=-1)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from dit_accel.chunks import at_once
-from dit_accel.tiles import from_tiles, to_tiles
 
 CHUNK = 64  # tokens whose similarities to all others exist at the same time on a CPU
 ROWS = 512  # tokens that exist in float32 at the same time on a CPU
@@ -34,14 +31,6 @@ OBSERVATIONS = {
     "entropy": "1 plus the entropy of each token's attention to the text when it was last computed, mean over heads, [B, N]",
     "last_tokens": "inputs of the layer when each token was last computed, [B, N, C]",
 }
-
-
-class Where(Protocol):
-    """A layer on a step."""
-
-    layer: int
-    stream: str
-    step: int
 
 
 @dataclass
@@ -69,7 +58,7 @@ class SelectionContext:
     count: int
     grid: tuple[int, int]
     text: int
-    where: Where
+    where: Any
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     key_norms: torch.Tensor | None = None
@@ -79,17 +68,9 @@ class SelectionContext:
     last_tokens: torch.Tensor | None = None
 
     # Not fields: what is read becomes a constant of a compiled graph, and the step changes all the time.
-    @property
-    def layer(self) -> int:
-        return self.where.layer
-
-    @property
-    def stream(self) -> str:
-        return self.where.stream
-
-    @property
-    def step(self) -> int:
-        return self.where.step
+    layer = property(lambda self: self.where.layer)
+    stream = property(lambda self: self.where.stream)
+    step = property(lambda self: self.where.step)
 
     @property
     def text_mask(self) -> torch.Tensor:
@@ -107,13 +88,14 @@ class Selector:
     needs: frozenset[str]
     per_picture: bool
     blind: bool
+    uses_tokens: bool
 
 
 _SELECTORS: dict[str, Selector] = {}
 
 
 def register_selector(
-    name: str, *, needs: Collection[str] = (), per_picture: bool = True, blind: bool = False
+    name: str, *, needs: Collection[str] = (), per_picture: bool = True, blind: bool = False, uses_tokens: bool = True
 ) -> Callable[[Score], Score]:
     """Decorator that makes a function SelectionContext -> scores [1 or B, N] known by name.
 
@@ -121,6 +103,8 @@ def register_selector(
         name: what configurations and the command line call it. A name can be taken only once.
         needs: what has to be remembered for it, from `OBSERVATIONS`.
         per_picture: False for scores [1, N] that are the same for every picture of a batch, which spares memory traffic.
+        uses_tokens: False if the score does not depend on the layer's inputs (tokens, last_tokens): FLUX then need not compute
+            its text stream on partial steps.
         blind: True if besides it looks at nothing but noise, ages, count, grid and text, row by row. It is then called once a
             step with a row for every layer, scores [layers, N], which spares most of a selection's cost; its tokens say nothing.
 
@@ -136,7 +120,7 @@ def register_selector(
         if name in _SELECTORS:
             raise ValueError(f"There is a selector named {name!r} already; choose another name.")
         description = (score.__doc__ or "").strip().split("\n")[0]
-        _SELECTORS[name] = Selector(score, description, frozenset(needs), per_picture, blind)
+        _SELECTORS[name] = Selector(score, description, frozenset(needs), per_picture, blind, uses_tokens and not blind)
         return score
 
     return register
@@ -171,25 +155,19 @@ def random(context: SelectionContext) -> torch.Tensor:
     return context.noise
 
 
-@register_selector("attention", needs={"attention"})
-def attention(context: SelectionContext) -> torch.Tensor:
-    """Tokens that received the most attention on the last full step."""
-    assert context.attention is not None
-    return context.attention
+def _observed(name: str, need: str, description: str) -> None:
+    def score(context: SelectionContext) -> torch.Tensor:
+        seen: torch.Tensor = getattr(context, need)
+        return seen
+
+    score.__doc__ = description
+    register_selector(name, needs={need}, uses_tokens=False)(score)
 
 
-@register_selector("k-norm", needs={"key_norms"})
-def k_norm(context: SelectionContext) -> torch.Tensor:
-    """Tokens with the longest keys (before QK-norm and RoPE) on the last full step."""
-    assert context.key_norms is not None
-    return context.key_norms
-
-
-@register_selector("v-norm", needs={"value_norms"})
-def v_norm(context: SelectionContext) -> torch.Tensor:
-    """Tokens with the longest values on the last full step."""
-    assert context.value_norms is not None
-    return context.value_norms
+_observed("attention", "attention", "Tokens that received the most attention on the last full step.")
+_observed("k-norm", "key_norms", "Tokens with the longest keys (before QK-norm and RoPE) on the last full step.")
+_observed("v-norm", "value_norms", "Tokens with the longest values on the last full step.")
+_observed("cross-entropy", "entropy", "Tokens whose attention to the text is spread the most (PixArt).")
 
 
 @register_selector("similarity")
@@ -197,13 +175,6 @@ def similarity(context: SelectionContext) -> torch.Tensor:
     """A random tenth of the selection, then the tokens most similar to it."""
     base = context.noise.topk(max(1, round(context.count / 10)), dim=-1).indices
     return nearness(context.tokens, base).scatter(1, base.expand(len(context.tokens), -1), 2.0)
-
-
-@register_selector("cross-entropy", needs={"entropy"})
-def cross_entropy(context: SelectionContext) -> torch.Tensor:
-    """Tokens whose attention to the text is spread the most (PixArt)."""
-    assert context.entropy is not None
-    return context.entropy
 
 
 @register_selector("stratified", per_picture=False, blind=True)
@@ -296,3 +267,19 @@ def total_scores(
         raised = tiled.scatter(-1, best, top + spatial_bonus * top.abs())
         scores = torch.cat([scores[:, :text], from_tiles(raised, grid, side), scores[:, end:]], dim=1)
     return scores
+
+
+def to_tiles(values: torch.Tensor, grid: tuple[int, int], side: int, fill: float) -> torch.Tensor:
+    """[R, H * W] -> [R, tiles, side * side]; a row of one (H = 1) is cut into pieces of `side`. Ragged edges hold `fill`."""
+    (height, width), down = grid, side if grid[0] > 1 else 1
+    padded = F.pad(values.view(-1, height, width), (0, -width % side, 0, -height % down), value=fill)
+    rows, columns = padded.shape[1] // down, padded.shape[2] // side
+    return padded.view(-1, rows, down, columns, side).transpose(2, 3).reshape(-1, rows * columns, down * side)
+
+
+def from_tiles(tiled: torch.Tensor, grid: tuple[int, int], side: int) -> torch.Tensor:
+    """The inverse of `to_tiles`: [R, tiles, side * side] -> [R, H * W]."""
+    (height, width), down = grid, side if grid[0] > 1 else 1
+    rows, columns = -(-height // down), -(-width // side)
+    padded = tiled.view(-1, rows, columns, down, side).transpose(2, 3).reshape(-1, rows * down, columns * side)
+    return padded[:, :height, :width].flatten(1)

@@ -100,10 +100,10 @@ def generate(
     with plain_errors(debug):
         prompts = list(prompts or [])
         if prompts_file:
-            from dit_accel.pipelines.prompt_sets import read_prompt_set
+            from dit_accel.pipelines.prompts import read_prompts
 
             with usage():
-                prompts += read_prompt_set(prompts_file)
+                prompts += read_prompts(prompts_file)
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise typer.BadParameter(
                 'Give at least one prompt, and none that is empty, as in: dit-accel generate "red apple, 3d style".'
@@ -219,18 +219,17 @@ def families() -> None:
     with plain_errors():
         from rich.table import Table
 
-        from dit_accel.families import FAMILIES
-        from dit_accel.families.table import FAMILIES as ROWS
+        from dit_accel.families.table import FAMILIES, MODULE_SCOPE
 
         table = Table(
             *("family", "transformer", "forecast", "guidance", "packed, reuse", "packed, fresh", "module scope"),
             caption="Forecast, guidance and packed tokens (--compute-ratio, with --attention reuse or fresh) are of output-cache; "
             "module scope is token-cache and token-merge.",
         )
-        for name, row in ROWS.items():
+        for name, row in FAMILIES.items():
             guidance = "yes, in one batch" if row.batched_guidance else "yes, in two calls"
             fresh = f"no: {row.stale_only}" if row.stale_only else "yes"
-            module = "yes" if name in FAMILIES else "no"
+            module = "yes" if name in MODULE_SCOPE else "no"
             table.add_row(name.split("Transformer")[0], name, "yes", guidance, "yes", fresh, module)
         table.add_row("any other", "of diffusers", "yes", "yes, in two calls", "no", "no", "no")
         show(table)

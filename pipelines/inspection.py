@@ -16,7 +16,7 @@ from rich.table import Table
 
 import dit_accel
 from dit_accel import Report, TokenCacheConfig, which
-from dit_accel.families import family_of
+from dit_accel.families.table import family_of
 from dit_accel.pipelines.generation import Settings, denoise
 from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
 
@@ -105,7 +105,7 @@ def overlay(image: Image.Image, share: np.ndarray, most: float) -> Image.Image:
 
 def usable(pipe: Any, config: TokenCacheConfig) -> list[TokenCacheConfig]:
     """The configuration with every selector that this pipeline can use."""
-    known = family_of(pipe.transformer).OBSERVATIONS
+    known = family_of(pipe.transformer)[1].OBSERVATIONS
     return [replace(config, selector=name) for name in dit_accel.selectors() if which.get(name).needs <= known]
 
 

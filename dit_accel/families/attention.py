@@ -1,103 +1,176 @@
-"""What the attention processors of all families share."""
+"""The attention processor of module scope: remembers, observes and merges what the processor that was there computes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
+from dit_accel import store
+from dit_accel.importance import attention_entropy, attention_received, query_stride, sample
 from dit_accel.merge_site import MergeSite
-from dit_accel.site import Site
+from dit_accel.sites import Cached, Site
 from dit_accel.when import Mode
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines of every position, [S, D]
-MERGED_QUERIES, MERGED_KEYS = ("to_q",), ("to_k", "to_v")  # projections
-MERGED = (*MERGED_QUERIES, *MERGED_KEYS, "to_qkv")
+KEYS = ("to_k", "to_v")
+ADDED = ("ip_hidden_states", "ip_adapter_masks", "image_rotary_emb")  # to what all processors take
 
 
-class WrappingAttnProcessor:
-    """Computes attention through the processor it wraps."""
+def _of_inner(name: str) -> Any:
+    return property(lambda self: getattr(self.inner, name), lambda self, value: setattr(self.inner, name, value))
 
-    default_inner: type
 
-    def __init__(self, inner: Any = None) -> None:
-        self.inner = inner or self.default_inner()
+class TokenAttnProcessor:
+    """Computes attention through the processor it wraps, `inner`, whose output the site remembers, if there is one.
+
+    `scored` are the sites that select tokens by what is observed here; `joint`: text and image make one sequence, [text, image].
+    """
+
+    def __init__(
+        self,
+        inner: Any = None,  # FLUX's IP-Adapter makes processors of the class that it finds
+        site: Cached | None = None,
+        merging: MergeSite | None = None,
+        scored: tuple[Site, ...] = (),
+        joint: bool = False,
+    ) -> None:
+        self.inner, self.site, self.merging, self.scored, self.joint = inner or FluxAttnProcessor(), site, merging, scored, joint
         self.accepted = frozenset(inspect.signature(self.inner.__call__).parameters)
 
-    def wanted(self, **given: Any) -> dict[str, Any]:
-        """Those of the arguments that the wrapped processor takes."""
-        return {name: value for name, value in given.items() if value is not None and name in self.accepted}
+    # diffusers sets these on the processor it finds.
+    _attention_backend, _parallel_config = _of_inner("_attention_backend"), _of_inner("_parallel_config")
 
-    # diffusers sets the attention backend on the processor it finds.
-    @property
-    def _attention_backend(self) -> Any:
-        return self.inner._attention_backend
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+        ip_hidden_states: Any = None,
+        ip_adapter_masks: Any = None,
+    ) -> Any:
+        added = zip(ADDED, (ip_hidden_states, ip_adapter_masks, image_rotary_emb), strict=True)
+        extra = {name: value for name, value in added if value is not None and name in self.accepted}
+        if self.site is None:
+            return self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, extra)
+        crossing = isinstance(self.site, Site) and self.site.mode is not Mode.PLAIN
+        full, seen = self.site.mode is Mode.FULL, self.scored[0].memory.observed if self.scored else {}
+        needs = self.scored[0].selector.needs - {"last_tokens"} if self.scored and full else frozenset()
+        needs = needs & {"entropy"} if crossing else needs - {"entropy"}
+        renew = crossing and not full and "entropy" in seen
+        source = Listening(attn, self.site.memory.text if crossing else None) if needs or crossing else attn
+        output = self.site(
+            hidden_states, lambda tokens, take: self._attend(source, tokens, encoder_hidden_states, attention_mask, extra)
+        )
+        if crossing and full:  # the text is the same on every step
+            self.site.memory.text = {name: heard for name, heard in source.heard.items() if name != "to_q"}
+        if needs:
+            text = 0 if encoder_hidden_states is None or not self.joint else encoder_hidden_states.shape[1]
+            found = self._observe(source, text, image_rotary_emb, attention_mask, needs)
+            for site in self.scored:
+                part = slice(0, text) if site.stream == "text" else slice(text, None)
+                site.memory.observed = {**site.memory.observed, **{name: value[:, part] for name, value in found.items()}}
+        elif (
+            renew and "to_q" in source.heard and (rows := self.scored[0].selected) is not None
+        ):  # of the tokens just computed; all sites of the block share what is observed
+            found = self._observe(source, 0, None, attention_mask, frozenset({"entropy"}))
+            store.put(seen["entropy"][..., None], rows, found["entropy"][..., None])
+        return output
 
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.inner._attention_backend = backend
+    def _observe(
+        self, attn: Listening, text: int, rotary: Rotary | None, mask: torch.Tensor | None, needs: frozenset[str]
+    ) -> dict[str, torch.Tensor]:
+        """What the selector needs, of a sequence that starts with `text` tokens which have projections of their own."""
 
-    @property
-    def _parallel_config(self) -> Any:
-        return self.inner._parallel_config
+        def heads(which: int, norm: bool = False, stride: int = 1) -> torch.Tensor:
+            parts = []
+            for words in (True, False) if text else (False,):
+                part = attn.projection(which, words)
+                if stride > 1:
+                    part = part[:, sample(part.shape[1], stride, part.device)]
+                layer = getattr(attn, ("norm_added_" if words else "norm_") + "qk"[which]) if norm else None
+                parts.append(part if layer is None else layer(part))
+            return torch.cat(parts, dim=1) if text else parts[0]
 
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.inner._parallel_config = config
+        seen = key_and_value_observations(heads, needs)
+        if "attention" in needs:
+            key = heads(1, norm=True)
+            stride = query_stride(key.shape[1], self.scored[0].config.query_share)
+            query = heads(0, norm=True, stride=stride)
+            if rotary is not None:
+                places = sample(key.shape[1] - text, stride, key.device) + text
+                places = torch.cat([sample(text, stride, key.device), places]) if text else places
+                query = apply_rotary_emb(query, (rotary[0][places], rotary[1][places]), sequence_dim=1)
+                key = apply_rotary_emb(key, rotary, sequence_dim=1)
+            seen["attention"] = attention_received(query, key)
+        if "entropy" in needs:
+            seen["entropy"] = attention_entropy(heads(0, norm=True), heads(1, norm=True), mask, self.scored[0].now.halves)
+        return seen
+
+    def _attend(self, attn: Any, tokens: torch.Tensor, other: torch.Tensor | None, mask: Any, extra: dict[str, Any]) -> Any:
+        """Attention of these tokens, merged if it is this step's turn."""
+        site, crossing = self.merging, other is not None and not self.joint
+        if site is None or not site.count or not (site.config.merge_cross_attention if crossing else site.config.merge_attention):
+            return self.inner(attn, tokens, other, mask, **extra)
+        double = other is not None and self.joint
+        text = other.shape[1] if other is not None and double else 0
+        start = site.text if self.joint and not double else 0  # of the image in the tokens
+        site.see(tokens[:, start:])
+        merged, length, keep = site.merge(tokens, start), text + tokens.shape[1], site.config.keep_queries and not crossing
+        if mask is not None and self.joint:
+            mask = mask[(None,) * (4 - mask.ndim)]
+        mask = site.mask(mask, tokens, text + start, length, queries=not keep, keys=not crossing)
+        mask = mask[:, None] if mask is not None and mask.ndim == 3 and self.joint else mask
+        rotary = extra.pop("image_rotary_emb", None) if self.joint else None
+        rows = site.places(text + start, length) if rotary is not None else None
+        if keep:
+            if "ip_hidden_states" in extra:
+                raise RuntimeError("keep_queries cannot be combined with an IP-Adapter on FLUX; leave keep_queries off.")
+            norms = rotating_norms(attn, rotary, rows, text) if rotary is not None and rows is not None else {}
+            output = self.inner(MergedKeys(attn, merged, norms), tokens, other if self.joint else merged, mask)
+        elif rotary is None or rows is None:
+            output = self.inner(attn, merged, other, mask, **extra)
+        else:
+            output = self._at_places(attn, merged, other, mask, rotary, rows, extra)
+        if isinstance(attn, Listening):
+            names = KEYS if keep else ("to_q",) if crossing else ("to_q", *KEYS, "to_qkv")
+            attn.heard |= {name: site.unmerge(attn.heard[name], start) for name in names if name in attn.heard}
+        if keep:
+            return output
+        if double:
+            return tuple(part if i == 1 else site.unmerge(part) for i, part in enumerate(output))
+        return site.unmerge(output, start)
+
+    def _at_places(
+        self, attn: Any, merged: torch.Tensor, text: Any, mask: Any, rotary: Rotary, rows: torch.Tensor, extra: dict[str, Any]
+    ) -> Any:
+        """Each merged token at its destination's position. Processors take one table of them: pictures of a batch go one by one."""
+        outputs, sources = [], []
+        for b, own in enumerate(rows):
+            mine = slice(b, b + 1)
+            sources.append(Listening(attn.attn) if isinstance(attn, Listening) else attn)
+            adapters = [states[mine] for states in extra.get("ip_hidden_states", ())]
+            given = merged[mine], None if text is None else text[mine], None if mask is None else mask[mine]
+            more = {**extra, "image_rotary_emb": (rotary[0][own], rotary[1][own])}
+            outputs.append(self.inner(sources[-1], *given, **more | ({"ip_hidden_states": adapters} if adapters else {})))
+        if isinstance(attn, Listening):
+            attn.heard = {name: torch.cat([source.heard[name] for source in sources]) for name in sources[0].heard}
+        return torch.cat(outputs) if text is None else tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
 def unwrapped(processor: Any) -> Any:
     """The processor that was there before ours."""
-    while isinstance(processor, WrappingAttnProcessor):
-        processor = processor.inner
-    return processor
-
-
-class TokenCacheAttnProcessor(WrappingAttnProcessor):
-    """Computes attention through the processor it wraps and remembers the output.
-
-    Args:
-        inner: the processor that was there.
-        site: where the output is remembered; without one the inner processor is called and nothing else.
-        scored: the sites that select tokens by what is observed here.
-    """
-
-    def __init__(self, inner: Any = None, site: Site | None = None, scored: tuple[Site, ...] = ()) -> None:
-        super().__init__(inner)
-        self.site, self.scored = site, scored
-
-    @property
-    def observing(self) -> frozenset[str]:
-        """What has to be observed in this call."""
-        if self.site is None or self.site.mode is not Mode.FULL or not self.scored:
-            return frozenset()
-        return self.scored[0].selector.needs - {"last_tokens"}
-
-
-class TokenMergeAttnProcessor(WrappingAttnProcessor):
-    """Computes attention through the processor it wraps, of merged tokens, and gives every token what its group gets.
-
-    Args:
-        inner: the processor that was there.
-        merging: the layer's; without one the inner processor is called and nothing else.
-    """
-
-    def __init__(self, inner: Any = None, merging: MergeSite | None = None) -> None:
-        super().__init__(inner)
-        self.merging = merging
+    return processor.inner if isinstance(processor, TokenAttnProcessor) else processor
 
 
 class MergedKeys:
-    """An attention module as its processor sees it, whose keys and values are those of other tokens than its queries.
-
-    Args:
-        attn: the module.
-        tokens: what keys and values are made from, [B, M, C].
-        norms: by name, what takes the place of the module's norms.
-    """
+    """An attention module as its processor sees it: keys and values are those of other tokens, [B, M, C]; norms by name."""
 
     fused_projections = False  # the separate ones are always there
 
@@ -107,16 +180,14 @@ class MergedKeys:
     def __getattr__(self, name: str) -> Any:
         return self.norms.get(name) or getattr(self.attn, name)
 
-    def to_k(self, _: torch.Tensor) -> torch.Tensor:
-        keys: torch.Tensor = self.attn.to_k(self.tokens)
-        return keys
+    def to_k(self, _: torch.Tensor) -> Any:
+        return self.attn.to_k(self.tokens)
 
-    def to_v(self, _: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor = self.attn.to_v(self.tokens)
-        return values
+    def to_v(self, _: torch.Tensor) -> Any:
+        return self.attn.to_v(self.tokens)
 
     def to_kv(self, _: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.to_k(self.tokens), self.to_v(self.tokens)], dim=-1)
+        return torch.cat([self.attn.to_k(self.tokens), self.attn.to_v(self.tokens)], dim=-1)
 
 
 def rotating_norms(attn: Any, rotary: Rotary, rows: torch.Tensor, text: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -128,17 +199,16 @@ def rotating_norms(attn: Any, rotary: Rotary, rows: torch.Tensor, text: int) -> 
         text: tokens in front that have norms of their own.
     """
 
-    def rotating(norm: Any, places: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        tables = (rotary[0][places.flatten()], rotary[1][places.flatten()])
+    def rotating(name: str, places: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        norm, tables = getattr(attn, name), (rotary[0][places.flatten()], rotary[1][places.flatten()])
         # The whole batch as one sequence: diffusers' rotation takes one table.
         return lambda heads: apply_rotary_emb(norm(heads).flatten(0, 1)[None], tables, sequence_dim=1).reshape(heads.shape)
 
     every = torch.arange(len(rotary[0]), device=rows.device).expand(len(rows), -1)
-    norms = {"norm_q": rotating(attn.norm_q, every[:, text:]), "norm_k": rotating(attn.norm_k, rows[:, text:])}
+    places = {"norm_q": every[:, text:], "norm_k": rows[:, text:]}
     if text:
-        for name in ("norm_added_q", "norm_added_k"):
-            norms[name] = rotating(getattr(attn, name), every[:, :text])
-    return norms
+        places |= {"norm_added_q": every[:, :text], "norm_added_k": every[:, :text]}
+    return {name: rotating(name, own) for name, own in places.items()}
 
 
 class Listening:
@@ -167,10 +237,6 @@ class Listening:
             return self.heard[name]
 
         return project
-
-    def change(self, what: Callable[[torch.Tensor], torch.Tensor], names: Iterable[str]) -> None:
-        """Replace what these projections have returned."""
-        self.heard.update({name: what(self.heard[name]) for name in names if name in self.heard})
 
     def projection(self, which: int, text: bool = False) -> torch.Tensor:
         """Query (0), key (1) or value (2) of all tokens of the image or of the text, [B, N, H, D], before norms.

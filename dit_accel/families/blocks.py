@@ -1,9 +1,8 @@
 """Blocks that compute only some tokens: what an attention processor cannot reach."""
 
-from __future__ import annotations
-
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,46 +11,43 @@ from diffusers.models import attention
 
 from dit_accel import hook
 from dit_accel.merge_site import MergeSite
-from dit_accel.site import Site
+from dit_accel.sites import Cached
 from dit_accel.when import Mode
 
 FEED_FORWARDS = ("ff", "ff_context")
-Compute = Callable[..., Any]
-
-
 HOOK = "dit_accel_block"
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of one kind at module scope."""
+
+    kind: Any  # their class in diffusers
+    compute: Callable[..., Any]  # the forward, token by token: (block, sites, merging, arguments by name)
+    streams: tuple[str, ...]  # of the token-wise computations
+    attentions: Mapping[str, str | None]  # by name, the stream of which it computes tokens; None: whole
+
+
 class BlockHook(ModelHook):  # type: ignore[misc]
-    """Computes a block token by token where its sites say so, and otherwise leaves it to diffusers.
+    """Computes a block token by token where its sites say so, and otherwise leaves it to diffusers."""
 
-    Args:
-        compute: called as compute(block, sites, merging, arguments of the block's forward by name).
-        signature: of the block's own forward, whose first argument is the image tokens [B, N, C].
-    """
-
-    def __init__(self, compute: Compute, signature: tuple[str, ...], sites: tuple[Site, ...], merging: MergeSite) -> None:
+    def __init__(self, blocks: Blocks, sites: tuple[Any, ...], merging: MergeSite) -> None:
         super().__init__()
-        self.compute, self.signature, self.sites, self.merging = compute, signature, sites, merging
+        self.compute, self.sites, self.merging = blocks.compute, sites, merging
+        self.names = tuple(inspect.signature(blocks.kind.forward).parameters)[1:]
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.signature, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.merging.see(given["hidden_states"])
         if self.sites[0].mode is Mode.PLAIN and not self.merging.merges_mlp:
             return self.fn_ref.original_forward(*args, **kwargs)
-        return self.compute(module, self.sites, self.merging, **given)
+        return self.compute(module, self.sites, self.merging, given)
 
 
-def attach(block: Any, kind: Any, compute: Compute, sites: tuple[Site, ...], merging: MergeSite, name: str) -> None:
-    """Let `compute` stand in for the forward of a block, whose class is `kind`.
-
-    Raises:
-        TypeError: if it is not diffusers' own class, or its feed-forward is not, which is known to work token by token; or if
-            something unknown has replaced its forward.
-    """
-    parts: list[tuple[Any, str, Any]] = [(block, name, kind)]
-    parts += [(getattr(block, ff), f"{name}.{ff}", attention.FeedForward) for ff in FEED_FORWARDS if hasattr(block, ff)]
-    for part, its_name, expected in parts:
+def attach(block: Any, blocks: Blocks, sites: tuple[Any, ...], merging: MergeSite, name: str) -> None:
+    """Let the family's function stand in for a block's forward; TypeError if anything in it is not what diffusers made."""
+    parts = [(getattr(block, ff), f"{name}.{ff}", attention.FeedForward) for ff in FEED_FORWARDS if hasattr(block, ff)]
+    for part, its_name, expected in [(block, name, blocks.kind), *parts]:
         if type(part) is not expected:
             raise TypeError(
                 f"{its_name} is a {type(part).__name__}, not diffusers' {expected.__name__}, "
@@ -59,8 +55,7 @@ def attach(block: Any, kind: Any, compute: Compute, sites: tuple[Site, ...], mer
             )
     if "forward" in vars(block) and not (hasattr(block, "_diffusers_hook") or hasattr(block, "_hf_hook")):
         raise TypeError(f"{name}.forward was replaced by something unknown. Call dit_accel.apply before that.")
-    signature = tuple(inspect.signature(kind.forward).parameters)[1:]
-    hook.register(block, BlockHook(compute, signature, sites, merging), HOOK)
+    hook.register(block, BlockHook(blocks, sites, merging), HOOK)
 
 
 def detach(block: Any) -> None:
@@ -69,7 +64,7 @@ def detach(block: Any) -> None:
         hook.unregister(block, HOOK)
 
 
-def add_gated(site: Site, hidden: torch.Tensor, gate: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+def add_gated(site: Cached, hidden: torch.Tensor, gate: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """hidden + gate * features with hidden and features [B, N, C] and the gate [B, 1, C].
 
     A partial step reads and writes the memory only once; a full one rounds as diffusers does.

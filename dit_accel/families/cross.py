@@ -4,11 +4,9 @@ Cross-attention is no mixer: a token looks at the text there, not at other token
 by a timestep of its own (image to video).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
-from dit_accel.rows import CONDITIONAL_FIRST, UNCONDITIONAL_FIRST, Family, Given, Grid, Stack, picture_grid
+from dit_accel.families.rows import CONDITIONAL_FIRST, UNCONDITIONAL_FIRST, Family, Given, Grid, Stack, picture_grid
 
 TEXT = {"encoder_hidden_states": (4, "attn2.to_k")}
 

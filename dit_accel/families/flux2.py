@@ -4,15 +4,13 @@ Modulation is made once per model and handed to every block. A single block's at
 `attn` computes more than attention: the attention is remembered and the MLP computed, out of the same matrices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dit_accel.rows import Family, Stack, ids_grid
+from dit_accel.families.rows import Family, Stack, ids_grid
 
 
 def parallel(

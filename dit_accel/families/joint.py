@@ -5,12 +5,10 @@ tokens of its reference images otherwise. AuraFlow's text begins with eight regi
 the image.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
-from dit_accel.rows import UNCONDITIONAL_FIRST, Family, Given, Grid, Stack, picture_grid
+from dit_accel.families.rows import UNCONDITIONAL_FIRST, Family, Given, Grid, Stack, picture_grid
 
 MODULATED = {"temb": ("norm1.linear",)}
 IDLE = ("norm1_context", "norm2_context", "ff_context")

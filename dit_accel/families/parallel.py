@@ -4,12 +4,10 @@ FLUX, Ovis and LongCat keep two streams throughout; Chroma joins them between it
 and fails without a single text token. Chroma's single blocks take ControlNet residuals in place, which a partial step refuses.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
-from dit_accel.rows import Family, Given, Grid, Stack, ids_grid
+from dit_accel.families.rows import Family, Given, Grid, Stack, ids_grid
 
 double = Stack(
     "transformer_blocks",
@@ -46,10 +44,7 @@ FAMILIES = (
     ),
     Family(
         "HunyuanVideoTransformer3DModel",
-        (
-            dataclasses.replace(double, positions=("freqs_cis",), **video),
-            dataclasses.replace(single, **video),
-        ),
+        (dataclasses.replace(double, positions=("freqs_cis",), **video), dataclasses.replace(single, **video)),
         hunyuan_grid,
         least_text=1,
     ),

@@ -4,12 +4,10 @@ Z-Image takes lists, puts text last and pads the image to a multiple of 32 token
 caption, so the captions of a batch must be equally long.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
-from dit_accel.rows import CONDITIONAL_FIRST, UNCONDITIONAL_FIRST, Family, Given, Grid, Stack, ids_grid, picture_grid
+from dit_accel.families.rows import CONDITIONAL_FIRST, UNCONDITIONAL_FIRST, Family, Given, Grid, Stack, ids_grid, picture_grid
 
 PADDING = 32  # SEQ_MULTI_OF of diffusers' transformer_z_image
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dit_accel
-from dit_accel import OutputCacheConfig, TokenCacheConfig, fill
+from dit_accel import OutputCacheConfig, TokenCacheConfig, store
 
 CACHES = [TokenCacheConfig(interval=3, cache_ratio=0.8), OutputCacheConfig(interval=3)]
 IDS = ["module", "model"]
@@ -50,10 +50,10 @@ def test_what_a_narrow_type_cannot_hold_becomes_its_largest_number(narrow, large
     dtype = getattr(torch, narrow)
     features = torch.tensor([1e30, -1e30, 2 * largest, 1.0])
     for wide in (features, features.bfloat16()):
-        assert fill.narrow(wide, dtype, "cpu").float().tolist() == [largest, -largest, largest, 1.0]
+        assert store.narrow(wide, dtype, "cpu").float().tolist() == [largest, -largest, largest, 1.0]
     kept = torch.tensor([1.0, -70000.0])
-    assert torch.equal(fill.narrow(kept.bfloat16(), torch.float32, "cpu"), kept.bfloat16().float())
-    assert fill.narrow(torch.tensor([float("inf")]), torch.float32, "cpu").isinf(), "what is not narrowed is as it was"
+    assert torch.equal(store.narrow(kept.bfloat16(), torch.float32, "cpu"), kept.bfloat16().float())
+    assert store.narrow(torch.tensor([float("inf")]), torch.float32, "cpu").isinf(), "what is not narrowed is as it was"
 
 
 @torch.no_grad()

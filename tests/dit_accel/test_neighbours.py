@@ -94,9 +94,9 @@ def test_flux_img2img_knows_its_number_of_steps(tiny_flux):
     pipe = flux_variant(FluxImg2ImgPipeline, tiny_flux())
     dit_accel.apply(pipe, TokenCacheConfig(interval=3, interval_spread=0.5))
     run(pipe, image=PICTURE, strength=0.6)
-    assert pipe.transformer._dit_accel.engine.steps == 5
+    assert pipe.transformer._dit_accel.steps == 5
     run(pipe, image=PICTURE, strength=1.0)
-    assert pipe.transformer._dit_accel.engine.steps == 7
+    assert pipe.transformer._dit_accel.steps == 7
 
 
 @pytest.mark.parametrize("true_cfg", [{}, {"true_cfg_scale": 2.0, "negative_prompt": "a teapot"}], ids=["", "true cfg"])

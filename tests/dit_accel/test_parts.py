@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dit_accel
-from dit_accel import TokenCacheConfig, fill, importance, which
+from dit_accel import TokenCacheConfig, importance, store, which
 from dit_accel.plan import rule
 from dit_accel.when import full_steps, tokens_to_compute
 
@@ -72,7 +72,7 @@ def test_take_and_put_against_loops(seed, batch, tokens, data):
     k, rows = data.draw(st.integers(1, tokens)), data.draw(st.sampled_from([1, batch]))
     index = torch.stack([torch.randperm(tokens, generator=g)[:k] for _ in range(rows)])
     before = cached.clone()
-    filled = fill.put(cached, index, fill.take(computed_all, index))
+    filled = store.put(cached, index, store.take(computed_all, index))
     for b in range(batch):
         chosen = index[b if rows > 1 else 0].tolist()
         for n in range(tokens):
@@ -136,7 +136,7 @@ def test_a_blind_selector_scores_all_layers_at_once_and_selects_the_same(tiny_fl
         chosen.append(dit_accel.report(pipe).selections)
         layers = [len(noise) for noise in asked]
         asked.clear()
-    assert set(layers) == {2, 3} and len(layers) == 6 * (3 if text_tokens == "select" else 2)  # streams with a choice
+    assert set(layers) == {2, 3} and len(layers) == 6 * 2  # the text stream makes no choice: nothing looks at it
     assert pictures[0].tobytes() == pictures[1].tobytes()
     assert len(chosen[0]) == len(chosen[1]) == 6 * (2 + 2 + 3)
     for one, other in zip(*chosen, strict=True):

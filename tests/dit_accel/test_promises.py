@@ -9,7 +9,7 @@ import torch
 from diffusers import FirstBlockCacheConfig, FluxPipeline, PixArtSigmaPipeline
 
 import dit_accel
-from dit_accel import TokenCacheConfig, TokenMergeConfig
+from dit_accel import TokenCacheConfig, TokenMergeConfig, store
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 CACHED = TokenCacheConfig(interval=3, cache_ratio=0.8, selector="attention", age_weight=0.1)
@@ -188,9 +188,9 @@ def test_gradients_compute_everything(tiny_flux):
 def test_features_are_freed_at_the_end_of_a_run(case):
     dit_accel.apply(case.pipe, [RANDOM, MERGED])
     case.run()
-    run = case.pipe.transformer._dit_accel.engine
-    assert not any(branch.bytes() for branch in run.branches.values()) and all(not site.memory.terms for site in run.sites)
-    assert all(site.shared.matching is None for site in run.merge_sites)
+    run = case.pipe.transformer._dit_accel
+    assert store.size_in_bytes([branch.kept() for branch in run.branches.values()]) == 0
+    assert not any(site.memory.past for site in run.sites) and not any(site.shared.matching for site in run.merge_sites)
     assert dit_accel.report(case.pipe).full_steps > 0
 
 

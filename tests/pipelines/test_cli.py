@@ -299,7 +299,7 @@ def test_numbers_of_an_option():
 
 
 def test_families(run):
-    from dit_accel.families import FAMILIES, table
+    from dit_accel.families import table
 
     result = run("families")
     assert result.exit_code == 0
@@ -309,7 +309,7 @@ def test_families(run):
         family, _, forecast, guidance, reuse, fresh, module = rows[name]
         assert name.startswith(family) and forecast == reuse == "yes"
         assert ("one batch" in guidance) == bool(row.batched_guidance)
-        assert (fresh == "yes") == (not row.stale_only) and (module == "yes") == (name in FAMILIES)
+        assert (fresh == "yes") == (not row.stale_only) and (module == "yes") == (name in table.MODULE_SCOPE)
     assert rows["of diffusers"][4:] == ["no", "no", "no"]
 
 
