@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-SMALL = ("cpu",)  # types of devices of which an option's number holds
+SMALL = ("cpu",)  # device types on which the numbers of rows hold as they are
 MORE = 16  # times as much on any other: 1,024 queries of FLUX.1-dev at 1024 px take 450 MB
 
 

@@ -50,8 +50,10 @@ class _During(contextlib.AbstractContextManager[None]):
         self.packed.call = self.call
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: Any, *_: Any) -> None:
         self.packed.call = None
+        if error is None:
+            self.call.end()
 
 
 class Packed:

@@ -77,6 +77,12 @@ class Full:
 
     def __init__(self, family: Family, attention: str, memory: Memory, time: float, most: int) -> None:
         self.family, self.attention, self.memory, self.time, self.most = family, attention, memory, time, most
+        self.rows: Any = None  # of the head
+
+    def end(self) -> None:
+        """Remember the output; outside of any compiled graph, which would hold for this one time alone."""
+        if self.rows is not None:
+            store.push(self.memory.outputs, self.memory.times, self.time, [self.rows], self.most)
 
     def before(self, site: Site, given: dict[str, Any]) -> None:
         for name in site.stack.refused:
@@ -108,17 +114,19 @@ class Full:
         return output
 
     def head(self, output: torch.Tensor) -> None:
-        rows = output.flatten(1, -2)
-        if rows.shape[1] < self.memory.tokens:
-            raise ValueError(f"Only {rows.shape[1]} of {self.memory.tokens} tokens of {self.family.transformer} reach its output.")
-        store.push(self.memory.outputs, self.memory.times, self.time, [rows], self.most)
+        self.rows = output.flatten(1, -2)
+        if (count := self.rows.shape[1]) < self.memory.tokens:
+            raise ValueError(f"Only {count} of {self.memory.tokens} tokens of {self.family.transformer} reach its output.")
 
 
 class Partial:
     """A partial step; `x` and `words` are the selected tokens and the kept text on their way through the blocks."""
 
     def __init__(self, family: Family, attention: str, last: int, memory: Memory, index: Index, weights: Sequence[float]) -> None:
-        self.family, self.attention, self.last, self.memory, self.weights = family, attention, last, memory, weights
+        self.family, self.attention, self.last, self.memory, self.count = family, attention, last, memory, len(weights)
+        # Made here: a compiled graph would hold for these weights alone.
+        known = 0 < self.count <= len(memory.outputs)
+        self.forecast = store.combined(memory.outputs, tuple(weights))[0] if known else None
         self.index: Any = index
         self.x: Any = None
         self.words: Any = None
@@ -128,6 +136,9 @@ class Partial:
         self.finished = False
         self._zeros: dict[Any, torch.Tensor] = {}
         self._rows: dict[Any, torch.Tensor] = {}
+
+    def end(self) -> None:
+        """Nothing has to be remembered."""
 
     def kept(self, text: int) -> int:
         return text if self.whole else min(self.family.least_text, text)
@@ -239,10 +250,8 @@ class Partial:
     def head(self, output: torch.Tensor) -> torch.Tensor:
         if not self.finished:
             raise RuntimeError(f"The last block of {self.family.transformer} was skipped, and the tokens with it; let it run.")
-        if not 0 < len(self.weights) <= len(self.memory.outputs):
-            raise ValueError(f"There are {len(self.weights)} weights for {len(self.memory.outputs)} outputs; give one to each.")
-
-        (forecast,) = store.combined(self.memory.outputs, tuple(self.weights))
+        if self.forecast is None:
+            raise ValueError(f"There are {self.count} weights for {len(self.memory.outputs)} outputs; give one to each.")
         found = output.flatten(1, -2)
         rows = self.rows(found.shape[1])
-        return put(forecast, rows, take(found, rows)).view_as(output)
+        return put(self.forecast, rows, take(found, rows)).view_as(output)
