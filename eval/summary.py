@@ -11,12 +11,24 @@ import pandas as pd
 
 from dit_accel.eval.fidelity import decibels
 from dit_accel.eval.spec import FULL
-from dit_accel.eval.statistics import compare, mean_interval, pareto, per_prompt
+from dit_accel.eval.statistics import FEWEST, compare, holm, mean_interval, pareto, per_prompt
 
 RESAMPLES = 10_000
+LEVEL = 0.05  # of Holm's p, for a verdict
+FAR = 0.1  # share by which a baseline's seconds may miss the method's before the verdict mentions it
+
+Baselines = dict[str, dict[str, list[str]]]  # by pipeline and number of steps: "seconds of ..." and "FLOPs of ..."
 
 
-def summarise(rows: pd.DataFrame, times: pd.DataFrame, *, score: str, margin: float, resamples: int = RESAMPLES) -> pd.DataFrame:
+def summarise(
+    rows: pd.DataFrame,
+    times: pd.DataFrame,
+    *,
+    score: str,
+    margin: float,
+    resamples: int = RESAMPLES,
+    baselines: Baselines | None = None,
+) -> pd.DataFrame:
     """One row a pipeline and method, in the order of the rows.
 
     Args:
@@ -25,6 +37,7 @@ def summarise(rows: pd.DataFrame, times: pd.DataFrame, *, score: str, margin: fl
         score: the column that says how good a picture is.
         margin: see `dit_accel.eval.statistics.non_inferior`.
         resamples: of the bootstrap and the test.
+        baselines: its baselines.json; without it no method is compared with fewer steps.
 
     Returns:
         `pipeline`, `method`, `kind`, `pictures`, `failed`; `score` with `score_low` and `score_high`; `difference` to full over
@@ -33,11 +46,17 @@ def summarise(rows: pd.DataFrame, times: pd.DataFrame, *, score: str, margin: fl
         `seconds_iqr`, `seconds_low` and `seconds_high`, their quartiles; `speedup` and `end_to_end_speedup`, medians over rounds
         of full over method in the same round, with `speedup_low` and `speedup_high` their quartiles; `flops` of a picture and
         `flops_ratio`; `cache_bytes`, `peak_memory`; `comparable`, whether the seconds are; `pareto`, whether no method of the
-        pipeline is both faster and better. What could not be measured is NaN.
+        pipeline is both faster and better. With baselines also `matched`, the run with fewer steps that takes a method's seconds
+        (full, if the method takes at least as long), `matched_seconds`, its seconds over the method's, and `matched_difference` of
+        the method to it, with `matched_n`, `matched_low`, `matched_high`, `matched_p` and `matched_p_holm`. What could not be
+        measured is NaN.
     """
     parts = []
     for name, some in rows.groupby("pipeline", sort=False):
-        part = _quality(some, score, margin, resamples).join(_cost(times[times["pipeline"] == name]))
+        timed = times[times["pipeline"] == name]
+        part = _quality(some, score, margin, resamples).join(_cost(timed))
+        if name in (baselines or {}):
+            part = part.join(_matched(some, timed, score, margin, resamples, (baselines or {})[name]))
         for column in {"score", "seconds"} - set(part):  # nothing was scored, or timed
             part[column] = math.nan
         known = part["score"].notna() & part["seconds"].notna() & (part["kind"] != "no-op")
@@ -80,6 +99,56 @@ def _quality(rows: pd.DataFrame, score: str, margin: float, resamples: int) -> p
         compared = compare(scored[tested], FULL, margin=margin, resamples=resamples)
         table = table.join(compared[["n", "difference", "low", "high", "p", "p_holm", "non_inferior"]])
     return table
+
+
+def _matched(
+    rows: pd.DataFrame, times: pd.DataFrame, score: str, margin: float, resamples: int, counts: dict[str, list[str]]
+) -> pd.DataFrame:
+    """One row a method that was timed: its paired difference to the run with fewer steps that takes its seconds."""
+    if score not in rows or times.empty:
+        return pd.DataFrame(columns=["matched"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        scored = per_prompt(rows, score)
+    seconds = times[times["error"].isna()].pivot_table(index="round", columns="method", values="denoising_seconds")
+    found = {}
+    for method in rows.loc[rows["kind"] == "method", "method"].unique():
+        matched = next((f"{count} steps" for count, of in counts.items() if f"seconds of {method}" in of), FULL)
+        if method not in seconds or matched not in seconds or not {method, matched} <= set(scored):
+            continue
+        pair = scored[[matched, method]].dropna()
+        found[method] = {"matched": matched, "matched_seconds": (seconds[matched] / seconds[method]).median()}
+        if len(pair) >= 2:
+            compared = compare(pair, matched, margin=margin, resamples=resamples).iloc[0]
+            found[method] |= {f"matched_{part}": compared[part] for part in ("n", "difference", "low", "high", "p")}
+    table = pd.DataFrame.from_dict(found, orient="index")
+    if "matched_p" in table:
+        known = table["matched_p"].notna()
+        table.loc[known, "matched_p_holm"] = holm(table.loc[known, "matched_p"])
+    return table
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether a method beats fewer steps at its seconds, the claim that decides whether it is of use; "" if that is unknown.
+
+    Args:
+        row: of `summarise`, with the columns of the matched baseline.
+    """
+    matched = row.get("matched")
+    if not isinstance(matched, str) or pd.isna(row.get("matched_difference")):
+        return ""
+    if matched == FULL:
+        return "no faster than full"
+    low, high, seconds = row["matched_low"], row["matched_high"], row["matched_seconds"]
+    if row["matched_n"] < FEWEST:
+        found = f"no verdict against {matched}: {row['matched_n']:g} prompts, at least {FEWEST} are needed"
+    elif row["matched_p_holm"] <= LEVEL and (low > 0 or high < 0):
+        found = f"{'better' if low > 0 else 'worse'} than {matched}"
+    else:
+        found = f"no significant difference from {matched}"
+    far = f"; {matched} took {seconds:.2f} times its seconds" if abs(seconds - 1) > FAR else ""
+    difference = f"{row['matched_difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{found} at its seconds: {difference}, p {row['matched_p_holm']:.3f} (Holm){far}"
 
 
 def _cost(times: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from dit_accel.eval.runs import with_flops
-from dit_accel.eval.summary import summarise
+from dit_accel.eval.statistics import FEWEST, holm, paired
+from dit_accel.eval.summary import summarise, verdict
 
 METHODS = {"full": "full", "no-op cache": "no-op", "cache": "method", "10 steps": "fewer steps"}
 STEPS = {"full": 20, "no-op cache": 20, "cache": 20, "10 steps": 10}
@@ -66,8 +67,9 @@ def test_scores_are_means_over_prompts_and_differences_are_paired(table):
         assert table.at[method, "score_low"] < table.at[method, "score"] < table.at[method, "score_high"]
     difference = means["cache"] - means["full"]
     assert table.at["cache", "difference"] == pytest.approx(difference.mean())
-    theirs = stats.bootstrap((difference,), np.mean, n_resamples=9999, random_state=1).confidence_interval
-    assert (table.at["cache", "low"], table.at["cache", "high"]) == pytest.approx(theirs, abs=0.01)
+    t = stats.t.interval(0.95, 11, difference.mean(), stats.sem(difference))
+    assert table.at["cache", "low"] <= t[0] + 1e-9 and table.at["cache", "high"] >= t[1] - 1e-9
+    assert (table.at["cache", "low"], table.at["cache", "high"]) == pytest.approx(t, abs=0.02)
     assert table.at["cache", "p"] < 0.002 and not table.at["cache", "non_inferior"] and table.at["10 steps", "non_inferior"]
     assert table.loc[["full", "no-op cache"], "difference"].isna().all()
     assert table.at["cache", "p_holm"] == pytest.approx(2 * table.at["cache", "p"])  # two methods: the no-op cache is not tested
@@ -114,3 +116,59 @@ def test_pipelines_are_apart():
     both = summarise(rows, times, score="reward", margin=0.1, resamples=500)
     one = summarise(*(frame[frame["pipeline"] == "q"] for frame in (rows, times)), score="reward", margin=0.1, resamples=500)
     pd.testing.assert_frame_equal(both[both["pipeline"] == "q"].reset_index(drop=True), one)
+
+
+def against(loss: float, prompts: int = 12, slower: float = 1.0, methods: int = 1) -> pd.DataFrame:
+    """The summary of methods that each lose `loss` against ten steps, which take `slower` times their seconds."""
+    rng, rows, times = np.random.default_rng(1), [], []
+    names = [f"cache {i}" for i in range(methods)]
+    for method in ("full", "10 steps", *names):
+        kind = {"full": "full", "10 steps": "fewer steps"}.get(method, "method")
+        cost = {"full": 8.0, "10 steps": 4.0 * slower}.get(method, 4.0)
+        row = {"pipeline": "p", "method": method, "kind": kind, "error": None, "steps": 20, "flops": 1.0, "full_flops": 1.0}
+        for prompt in range(prompts):
+            score = prompt - (0.5 + loss * (1 + rng.normal() / 4) if kind == "method" else 0.5 * (kind == "fewer steps"))
+            rows.append(row | {"prompt": f"{prompt}", "seed": 0, "reward": score})
+        cost = {"denoising_seconds": cost, "seconds": cost, "round": 1, "comparable": True, "cache_bytes": None}
+        times.append(row | cost | {"peak_memory": None})
+    baselines = {"p": {"10": [f"seconds of {name}" for name in names], "7": [f"FLOPs of {names[0]}"]}}
+    return summarise(
+        pd.DataFrame(rows), pd.DataFrame(times), score="reward", margin=0.1, resamples=500, baselines=baselines
+    ).set_index("method")
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"), [(-0.2, "better than 10 steps"), (0.2, "worse than 10 steps"), (0.0, "no significant difference from 10 steps")]
+)
+def test_every_method_is_compared_with_fewer_steps_at_its_seconds(loss, said):
+    row = against(loss).loc["cache 0"].to_dict()
+    assert row["matched"] == "10 steps" and row["matched_seconds"] == 1 and row["matched_n"] == 12
+    assert row["matched_difference"] == pytest.approx(row["difference"] + 0.5)  # to full, of which ten steps lose 0.5
+    assert row["matched_low"] <= row["matched_difference"] <= row["matched_high"]
+    assert verdict(row).startswith(f"{said} at its seconds: ") and f"{row['matched_difference']:+.3f}" in verdict(row)
+    assert "times its seconds" not in verdict(row) and verdict(against(loss).loc["10 steps"].to_dict()) == ""
+
+
+def test_the_comparison_with_fewer_steps_is_adjusted_for_the_number_of_methods():
+    table = against(-0.2, prompts=FEWEST, methods=4)
+    found = table.loc[table["kind"] == "method"]
+    assert found["matched_p"].tolist() == [2 / 2**FEWEST] * 4  # the least that there is
+    assert found["matched_p_holm"].tolist() == holm(found["matched_p"]).tolist()
+    assert verdict(found.iloc[0].to_dict()).startswith("no significant difference")
+
+
+def test_no_verdict_from_few_prompts_and_none_without_a_baseline():
+    few = against(-0.2, prompts=FEWEST - 1).loc["cache 0"].to_dict()
+    assert verdict(few).startswith(f"no verdict against 10 steps: {FEWEST - 1} prompts") and few["non_inferior"] is None
+    far = verdict(against(-0.2, slower=1.25).loc["cache 0"].to_dict())
+    assert far.endswith("; 10 steps took 1.25 times its seconds")
+    slow = {"matched": "full", "matched_difference": 0.1, "matched_n": 20}
+    assert verdict(slow) == "no faster than full" and verdict({}) == "" == verdict({"matched": math.nan})
+
+
+def test_a_method_that_no_fewer_steps_match_is_compared_with_full():
+    rows, times = made()
+    table = summarise(rows, times, score="reward", margin=0.1, resamples=500, baselines={"p": {}}).set_index("method")
+    assert table.at["cache", "matched"] == "full" and table.at["cache", "matched_difference"] == table.at["cache", "difference"]
+    means = rows.groupby(["method", "prompt"])["reward"].mean().unstack(0)
+    assert table.at["cache", "matched_low"] == paired(means["cache"] - means["full"], resamples=500).low
