@@ -9,7 +9,7 @@ allocations do none), FLOPs (2 for every multiply-add) and bytes (what an operat
 helps). An operation takes the larger of its FLOPs at 60 % of the card's peak and its bytes at 85 % of the card's bandwidth, and at
 least 2.5 microseconds, as long as a short kernel. A step is the sum of its operations, as if the host were always ahead.
 
-So milliseconds are a lower bound in eager mode, where Python may need longer for many small kernels than the card. The speed-up at N
+So milliseconds are a lower bound in eager mode: Python may need longer for many small kernels than the card. The speed-up at N
 is that of N steps, one of them full: N stock / (full + (N - 1) partial).
 """
 
