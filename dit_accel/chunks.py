@@ -1,7 +1,5 @@
 """How much of something large exists at the same time: little on a CPU, much where every kernel has to be launched."""
 
-from __future__ import annotations
-
 import torch
 
 SMALL = ("cpu",)  # device types on which the numbers of rows hold as they are

@@ -1,8 +1,7 @@
 """Carries out plans: what both scopes share."""
 
-from __future__ import annotations
-
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +24,14 @@ class Run:
 class Engine:
     """Answers the calls of one transformer; the only writer of what is remembered of it."""
 
+    # What the scopes fill in.
+    new_branch: Callable[[], Any]  # what is remembered of a branch, which is nothing yet
+    plan: Callable[[Any, Moment, Call], StepPlan]
+    carry_out: Callable[[StepPlan, Any, Moment, Call], Todo]
+    free: Callable[[Any], None]  # forget what will not be used any more of a branch
+    settings: Callable[[], str]  # what the FLOPs of a plan depend on besides
+    twin: Callable[[Any], Any]  # the same for a copy of the transformer, attached to it
+
     def __init__(self, transformer: Any) -> None:
         self.transformer = transformer
         self.branches: dict[int, Any] = {}  # what is remembered, by number
@@ -43,14 +50,6 @@ class Engine:
         """To be set by the caller; none by default."""
         return {}
 
-    def settings(self) -> str:
-        """What the FLOPs of a plan depend on besides."""
-        raise NotImplementedError
-
-    def twin(self, transformer: Any) -> Engine:
-        """The same for a copy of the transformer, attached to it."""
-        raise NotImplementedError
-
     def plain(self) -> None:
         """The next call is the model's own, and nothing is remembered of it."""
 
@@ -62,20 +61,6 @@ class Engine:
         """A run begins with this call, whose arguments are given by name."""
         self.end()
         self.calls, self.inputs, self.selections, self.run = [], {}, [], Run()
-
-    def new_branch(self) -> Any:
-        """What is remembered of a branch, which is nothing yet."""
-        raise NotImplementedError
-
-    def plan(self, branch: Any, moment: Moment, call: Call) -> StepPlan:
-        raise NotImplementedError
-
-    def carry_out(self, plan: StepPlan, branch: Any, moment: Moment, call: Call) -> Todo:
-        raise NotImplementedError
-
-    def free(self, branch: Any) -> None:
-        """Forget what will not be used any more."""
-        raise NotImplementedError
 
     def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
         """How a call is answered."""

@@ -32,7 +32,7 @@ class FlopCounter:
         self.known = _KNOWN.setdefault((self.build, str(sorted(self.settings.items())), engine.settings(), str(engine.run)), {})
 
     @functools.cached_property
-    def twin(self) -> Engine:
+    def twin(self) -> Any:
         with torch.device("meta"):
             return self.engine.twin(self.build(self.settings).eval())
 

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 
-from dit_accel.rows import Family
-from dit_accel.steps import Full, Index, Memory, Partial, Site
+from dit_accel import hook
+from dit_accel.families.rows import Family
+from dit_accel.steps import Block, Full, Index, Memory, Partial
 
 HOOK = "dit_accel_packed"
 
@@ -26,10 +27,10 @@ HOOK = "dit_accel_packed"
 class _Part(ModelHook):  # type: ignore[misc]
     """Of a mixer or an idle module."""
 
-    def __init__(self, packed: Packed, site: Site, name: str) -> None:
+    def __init__(self, packed: Packed, block: Block, name: str) -> None:
         super().__init__()
-        self.packed, self.stack, self.key = packed, site.stack, (site.place, name)
-        self.name = f"{name} of block {site.place} of {packed.family.transformer}"
+        self.packed, self.stack, self.key = packed, block.stack, (block.place, name)
+        self.name = f"{name} of block {block.place} of {packed.family.transformer}"
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         call, forward = self.packed.call, self.fn_ref.original_forward
@@ -57,15 +58,7 @@ class _During(contextlib.AbstractContextManager[None]):
 
 
 class Packed:
-    """Packed steps of one transformer.
-
-    Args:
-        family: its description, from `families.table.lookup`.
-        attention: "reuse" what it returned at the last full step, or compute the selected queries "fresh".
-
-    Raises:
-        ValueError: if attention is not known, or this family's cannot be computed afresh.
-    """
+    """Packed steps of a transformer of this family, whose attention is "reuse"d or "fresh"; ValueError if it cannot be."""
 
     def __init__(self, transformer: Any, family: Family, attention: str = "reuse") -> None:
         if attention not in ("reuse", "fresh"):
@@ -75,8 +68,7 @@ class Packed:
         self.transformer, self.family, self.attention = transformer, family, attention
         self.call: Full | Partial | None = None
         self.last = sum(len(getattr(transformer, stack.blocks)) for stack in family.stacks) - 1
-        self._handles: list[Any] = []
-        self._hooked: list[Any] = []
+        self._undo: list[Any] = []
 
     def full(self, memory: Memory, tokens: int, time: float, most: int = 2) -> contextlib.AbstractContextManager[None]:
         """Inside, the transformer's call computes everything, bit by bit as stock, and is remembered.
@@ -101,24 +93,22 @@ class Packed:
 
     def attach(self) -> None:
         """Hook into blocks, their parts and the head; outside of `full` and `partial` that changes nothing."""
-        for site, block in sites(self.transformer, self.family):
-            self._handles.append(block.register_forward_pre_hook(functools.partial(self._before, site), with_kwargs=True))
-            self._handles.append(block.register_forward_hook(functools.partial(self._after, site)))
-            for name, module in parts(block, site.stack.mixers + site.stack.idle):
-                hook_forward(module, _Part(self, site, name))
-                self._hooked.append(module)
+        for block, module in blocks_of(self.transformer, self.family):
+            before = functools.partial(self._before, block)
+            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            self._undo.append(module.register_forward_hook(functools.partial(self._after, block)).remove)
+            for name, part in parts(module, block.stack.mixers + block.stack.idle):
+                hook.register(part, _Part(self, block, name), HOOK)
+                self._undo.append(functools.partial(hook.unregister, part, HOOK))
         head = self.transformer.get_submodule(self.family.head)
         for module in head.values() if isinstance(head, torch.nn.ModuleDict) else (head,):
-            self._handles.append(module.register_forward_hook(self._head))
+            self._undo.append(module.register_forward_hook(self._head).remove)
         self._renew()
 
     def detach(self) -> None:
         """The inverse of `attach`."""
-        for handle in self._handles:
-            handle.remove()
-        for module in self._hooked:
-            unhook_forward(module)
-        self._handles, self._hooked = [], []
+        while self._undo:
+            self._undo.pop()()
         self._renew()
 
     def _renew(self) -> None:
@@ -126,39 +116,24 @@ class Packed:
         if registry := getattr(self.transformer, "_diffusers_hook", None):
             registry.invalidate_child_registries_cache()
 
-    def _before(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.call and self.call.before(site, {**dict(zip(site.names, args, strict=False)), **kwargs})
+    def _before(self, block: Block, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.call and self.call.before(block, {**dict(zip(block.names, args, strict=False)), **kwargs})
 
-    def _after(self, site: Site, module: Any, args: Any, output: Any) -> Any:
-        return self.call and self.call.after(site, output)
+    def _after(self, block: Block, module: Any, args: Any, output: Any) -> Any:
+        return self.call and self.call.after(block, output)
 
     def _head(self, module: Any, args: Any, output: Any) -> Any:
         return self.call and self.call.head(output)
 
 
-def sites(transformer: Any, family: Family) -> Iterator[tuple[Site, Any]]:
+def blocks_of(transformer: Any, family: Family) -> Iterator[tuple[Block, Any]]:
     """All blocks in the order in which they run."""
-    blocks = [(stack, block) for stack in family.stacks for block in getattr(transformer, stack.blocks)]
-    for place, (stack, block) in enumerate(blocks):
-        parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
-        yield Site(place, stack, tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)), block
+    modules = [(stack, module) for stack in family.stacks for module in getattr(transformer, stack.blocks)]
+    for place, (stack, module) in enumerate(modules):
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        yield Block(place, stack, tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)), module
 
 
 def parts(block: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
     """The submodules of these names that this block has."""
     return [(name, module) for name in names if (module := getattr(block, name, None)) is not None]
-
-
-def hook_forward(module: Any, hook: Any) -> None:
-    """Let a hook of diffusers carry out the module's forward."""
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-
-
-def unhook_forward(module: Any) -> None:
-    """The inverse, after which `vars(module)` is what it was."""
-    registry = module._diffusers_hook
-    registry.remove_hook(HOOK, recurse=False)
-    if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-        del module.forward  # diffusers leaves it on the instance
-    if not registry.hooks:
-        del module._diffusers_hook

@@ -1,7 +1,5 @@
 """What a packed step does at every block, mixer and head, and what it remembers of a guidance branch."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,33 +8,32 @@ from typing import Any
 import torch
 
 from dit_accel import fresh, store
-from dit_accel.rows import Family, Stack, put, take
+from dit_accel.families.rows import Family, Stack
+from dit_accel.store import put, take
 
 Index = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[..., Any]
 
 
 @dataclass
 class Memory:
-    """What one guidance branch remembers; tensors keep their addresses while their shapes stay the same.
+    """What one guidance branch remembers; tensors keep their addresses while their shapes stay the same."""
 
-    Attributes:
-        tokens: N, how many tokens can be selected.
-        times: of the full steps whose outputs are remembered, newest first.
-        outputs: the head's rows at these, each a list of one [B, N, C].
-        features: by mixer (place of its block, name): its output, or its keys, values and mask. Under "entered", the tokens that
-            entered the first block, [B, N, C].
-    """
-
-    tokens: int = 0
-    times: list[float] = field(default_factory=list)
-    outputs: list[list[Any]] = field(default_factory=list)
-    features: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+    tokens: int = 0  # N, how many can be selected
+    times: list[float] = field(default_factory=list)  # of the full steps remembered, newest first
+    outputs: list[list[Any]] = field(default_factory=list)  # the head's rows at these, each [B, N, C]
+    features: dict[Any, tuple[Any, ...]] = field(default_factory=dict)  # by mixer, or "entered" the first block
     inference: bool = False
 
     def keep(self, key: Any, *values: torch.Tensor | None) -> None:
-        """Remember what the last full step computed."""
-        old = (*self.features.get(key, ()), *[None] * len(values))
-        self.features[key] = tuple(v if v is None else _written(o, v.detach()) for o, v in zip(old, values, strict=False))
+        """Remember what the last full step computed, in place where that is possible."""
+        kept = []
+        for old, new in zip((*self.features.get(key, ()), *[None] * len(values)), values, strict=False):
+            if old is None or new is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+                kept.append(None if new is None else new.detach().clone())
+            else:
+                kept.append(old.copy_(new.detach()))
+        self.features[key] = tuple(kept)
 
     def begin(self, tokens: int) -> None:
         """A full step; what was remembered in inference mode cannot be written to outside of it."""
@@ -44,27 +41,9 @@ class Memory:
             self.times, self.outputs, self.features = [], [], {}
         self.tokens, self.inference = tokens, torch.is_inference_mode_enabled()
 
-    def part(self, pictures: slice) -> Memory:
-        """Views of what is remembered of some pictures of the batch, such as the conditional half."""
-
-        def own(values: Sequence[Any]) -> list[Any]:
-            return [value[pictures] if isinstance(value, torch.Tensor) and len(value) > 1 else value for value in values]
-
-        features = {key: tuple(own(values)) for key, values in self.features.items()}
-        return Memory(self.tokens, list(self.times), list(map(own, self.outputs)), features, self.inference)
-
-    def bytes(self) -> int:
-        return sum(store.size_in_bytes(list(leaves)) for leaves in (*self.outputs, *self.features.values()))
-
-
-def _written(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """In place where that is possible."""
-    alike = old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
-    return old.copy_(new) if old is not None and alike else new.clone()
-
 
 @dataclass(frozen=True)
-class Site:
+class Block:
     """A block: its place among all blocks, its stack, and the names of its arguments."""
 
     place: int
@@ -84,33 +63,32 @@ class Full:
         if self.rows is not None:
             store.push(self.memory.outputs, self.memory.times, self.time, [self.rows], self.most)
 
-    def before(self, site: Site, given: dict[str, Any]) -> None:
-        for name in site.stack.refused:
+    def before(self, block: Block, given: dict[str, Any]) -> None:
+        for name in block.stack.refused:
             if given.get(name) is not None:
                 raise ValueError(f"With {name}, no tokens of {self.family.transformer} can be selected; leave it out.")
-        if site.place == 0:
-            tokens, count = given[site.stack.tokens], self.memory.tokens
-            if tokens.shape[1] < count or (tokens.shape[1] > count and not site.stack.joint):
+        if block.place == 0:
+            tokens, count = given[block.stack.tokens], self.memory.tokens
+            if tokens.shape[1] < count or (tokens.shape[1] > count and not block.stack.joint):
                 raise ValueError(f"{tokens.shape[1]} tokens entered {self.family.transformer}'s blocks; {count} were announced.")
+            self.memory.keep("entered", tokens[:, :count] if block.stack.text_last else tokens[:, -count:])
 
-            self.memory.keep("entered", tokens[:, :count] if site.stack.text_last else tokens[:, -count:])
-
-    def after(self, site: Site, output: Any) -> None:
+    def after(self, block: Block, output: Any) -> None:
         """The output stays as it is."""
 
-    def mix(self, hook: Any, mixer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        fused = hook.stack.fused
+    def mix(self, hook: Any, mixer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.attention == "fresh":
             with fresh.Attention(hook.name, lambda given: self.memory.keep(hook.key, *fresh.remembered(given))):
                 return forward(*args, **kwargs)
+        fused = hook.stack.fused
         output, kept = (forward(*args, **kwargs),) * 2 if fused is None else fused(mixer, forward, args, kwargs, None)
-        self.memory.keep(hook.key, *(kept if isinstance(kept, tuple) else (kept,)))
+        self.memory.keep(hook.key, *_listed(kept))
         return output
 
-    def idle(self, hook: Any, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def idle(self, hook: Any, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Of what is made of text, nothing has to be remembered but what it is."""
         output = forward(*args, **kwargs)
-        self.memory.keep(hook.key, *(v[:, :0] if v.ndim > 2 else v for v in (output if isinstance(output, tuple) else (output,))))
+        self.memory.keep(hook.key, *(v[:, :0] if v.ndim > 2 else v for v in _listed(output)))
         return output
 
     def head(self, output: torch.Tensor) -> None:
@@ -123,7 +101,7 @@ class Partial:
     """A partial step; `x` and `words` are the selected tokens and the kept text on their way through the blocks."""
 
     def __init__(self, family: Family, attention: str, last: int, memory: Memory, index: Index, weights: Sequence[float]) -> None:
-        self.family, self.attention, self.last, self.memory, self.count = family, attention, last, memory, len(weights)
+        self.family, self.fresh, self.last, self.memory, self.count = family, attention == "fresh", last, memory, len(weights)
         # Made here: a compiled graph would hold for these weights alone.
         known = 0 < self.count <= len(memory.outputs)
         self.forecast = store.combined(memory.outputs, tuple(weights))[0] if known else None
@@ -132,7 +110,7 @@ class Partial:
         self.words: Any = None
         self.left: Any = None  # what the last block left in place of the tokens
         self.shape, self.text_shape = torch.Size(), torch.Size()  # of tokens and text around the blocks
-        self.whole = attention == "fresh"  # whether text is computed; nobody looks at it while attention is reused
+        self.whole = self.fresh  # whether text is computed; nobody looks at it while attention is reused
         self.finished = False
         self._zeros: dict[Any, torch.Tensor] = {}
         self._rows: dict[Any, torch.Tensor] = {}
@@ -161,8 +139,8 @@ class Partial:
             self._zeros[shape] = self.x.new_zeros(()).expand(shape)
         return self._zeros[shape]
 
-    def before(self, site: Site, given: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        stack, tokens, text = site.stack, given[site.stack.tokens], given.get(site.stack.text or "")
+    def before(self, block: Block, given: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        stack, tokens, text = block.stack, given[block.stack.tokens], given.get(block.stack.text or "")
         if self.x is None:
             if (entered := self.memory.features.get("entered")) is None or len(entered[0]) != len(tokens):
                 raise RuntimeError("This branch has no full step of a batch of this size behind it; compute one first.")
@@ -184,8 +162,8 @@ class Partial:
             value = given.get(name)
             if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == tokens.shape[1] > 1:
                 given[name] = take(value, self.rows(tokens.shape[1]))
-        for name in stack.positions if self.attention == "fresh" else stack.masks:
-            given[name] = self._positions(given.get(name)) if self.attention == "fresh" else None
+        for name in stack.positions if self.fresh else stack.masks:
+            given[name] = self._positions(given.get(name)) if self.fresh else None
         return (), given
 
     def _positions(self, table: Any) -> Any:
@@ -202,22 +180,22 @@ class Partial:
 
         return fresh.PerPicture(map(own, range(batch)))
 
-    def after(self, site: Site, output: Any) -> Any:
-        parts = dict(zip(site.stack.returns, output if isinstance(output, tuple) else (output,), strict=False))
+    def after(self, block: Block, output: Any) -> Any:
+        parts = dict(zip(block.stack.returns, _listed(output), strict=False))
         self.x = parts["tokens"]
         if parts.get("text") is not None:
             self.words, parts["text"] = parts["text"], self.zeros(self.text_shape)
-        self.finished = site.place == self.last
+        self.finished = block.place == self.last
         self.left = self.zeros(self.shape)
         if self.finished:
             self.left = put(self.x.new_zeros(self.shape), self.rows(self.shape[1]), self.x)
         parts["tokens"] = self.left
         return tuple(parts.values()) if isinstance(output, tuple) else self.left
 
-    def mix(self, hook: Any, mixer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def mix(self, hook: Any, mixer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (kept := self.memory.features.get(hook.key)) is None:
             raise RuntimeError(f"{hook.name} did not run at this branch's last full step; compute one first.")
-        if self.attention == "fresh":
+        if self.fresh:
             return self._attend(hook.name, kept, forward, args, kwargs)
         recalled = [value if value is None else take(value, self.rows(value.shape[1])) for value in kept[:1] + kept[2:]]
         if len(kept) > 1:
@@ -226,13 +204,13 @@ class Partial:
             return hook.stack.fused(mixer, forward, args, kwargs, recalled[0])
         return recalled[0] if len(recalled) == 1 else tuple(recalled)
 
-    def idle(self, hook: Any, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def idle(self, hook: Any, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kept = self.memory.features.get(hook.key, ())
         if self.whole or not kept:
             return forward(*args, **kwargs)
         return kept[0] if len(kept) == 1 else kept
 
-    def _attend(self, name: str, kept: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _attend(self, name: str, kept: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Fresh attention, picture by picture where each has positions of its own."""
         rows = self.rows(kept[0].shape[-2])
         if not any(isinstance(value, fresh.PerPicture) for value in (*args, *kwargs.values())):
@@ -242,7 +220,7 @@ class Partial:
         def own(place: int) -> Any:
             one = functools.partial(fresh.picture, place=place, batch=len(rows))
             with fresh.Attention(name, lambda given: fresh.refresh(given, one(kept), rows[place])):
-                return forward(*map(one, args), **{key: one(value) for key, value in kwargs.items()})
+                return forward(*map(one, args), **one(kwargs))
 
         outputs = list(map(own, range(len(rows))))
         return tuple(map(torch.cat, zip(*outputs, strict=True))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
@@ -255,3 +233,7 @@ class Partial:
         found = output.flatten(1, -2)
         rows = self.rows(found.shape[1])
         return put(self.forecast, rows, take(found, rows)).view_as(output)
+
+
+def _listed(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)

@@ -55,11 +55,7 @@ def counts(leaf: Any) -> bool:
 
 
 def push(kept: list[list[Any]], times: list[float], time: float, leaves: list[Any], most: int) -> bool:
-    """Keep a copy of these leaves as the newest of at most `most` + 1, in the memory of the oldest where there is one.
-
-    Returns:
-        Whether this is another time than the newest's. Heun calls twice at one time: the second replaces the first.
-    """
+    """Keep a copy as the newest of `most` + 1, in the memory of the oldest; whether the time is new (Heun's second call is not)."""
     if kept and not all(map(_alike, kept[0], leaves)):
         kept.clear()
         times.clear()

@@ -1,16 +1,15 @@
 """Does a block treat every token by itself once its mixers are set aside? Checked before tokens are selected."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
 
-from dit_accel.packed import hook_forward, parts, sites, unhook_forward
-from dit_accel.rows import Family
-from dit_accel.steps import Site
+from dit_accel import hook
+from dit_accel.families.rows import Family
+from dit_accel.packed import HOOK, blocks_of, parts
+from dit_accel.steps import Block
 
 TOKENS, TEXT, STRIDE = 15, 4, 5
 
@@ -29,27 +28,23 @@ class _Through(ModelHook):  # type: ignore[misc]
 
 @torch.no_grad()
 def subset_check(transformer: Any, family: Family) -> None:
-    """Run a block of every stack on a few random tokens and on a fifth of them: the rows must be the same.
-
-    Raises:
-        TypeError: with the name of the module that mixes tokens though its family does not say so.
-    """
+    """Run a block of every stack on random tokens and on a fifth of them; TypeError with the name of what gives other rows."""
     checked: set[str] = set()
-    for site, block in sites(transformer, family):
+    for site, block in blocks_of(transformer, family):
         if site.stack.blocks in checked:
             continue
         checked.add(site.stack.blocks)
         inside = parts(block, site.stack.mixers)
         for _, mixer in inside:
-            hook_forward(mixer, _Through(site.stack.text))
+            hook.register(mixer, _Through(site.stack.text), HOOK)
         try:
             _check(site, block, transformer.dtype, {id(part) for _, mixer in inside for part in mixer.modules()})
         finally:
             for _, mixer in inside:
-                unhook_forward(mixer)
+                hook.unregister(mixer, HOOK)
 
 
-def _check(site: Site, block: Any, dtype: torch.dtype, known: set[int]) -> None:
+def _check(site: Block, block: Any, dtype: torch.dtype, known: set[int]) -> None:
     prefix, given = f"{site.stack.blocks}.0", _example(site, block, dtype)
     tokens = given[site.stack.tokens]
     rows = torch.arange(0, TOKENS, STRIDE, device=tokens.device)
@@ -89,7 +84,7 @@ def _refusal(name: str) -> str:
     )
 
 
-def _example(site: Site, block: Any, dtype: torch.dtype) -> dict[str, Any]:
+def _example(site: Block, block: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Small random arguments of a block, in its own widths, type and device; None for what only mixers look at."""
     stack = site.stack
     hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]  # of offloading

@@ -225,11 +225,7 @@ def diverse(context: SelectionContext) -> torch.Tensor:
 
 
 def nearness(tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Greatest cosine similarity of every token to one of the base, [B, N], in memory that grows with the tokens alone.
-
-    Args:
-        tokens: [B, N, C]; base: indices [1 or B, k].
-    """
+    """Greatest cosine similarity of every token [B, N, C] to one of the base [1 or B, k], [B, N], in memory that grows as N."""
     unit = F.normalize(tokens.float(), dim=-1)
     near = torch.full(tokens.shape[:2], -1.0, device=tokens.device)
     for part in base.expand(len(tokens), -1).split(at_once(CHUNK, tokens.device), dim=1):

@@ -191,13 +191,7 @@ class MergedKeys:
 
 
 def rotating_norms(attn: Any, rotary: Rotary, rows: torch.Tensor, text: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """The norms of queries and keys, followed by their rotation: for a processor that could only rotate both alike.
-
-    Args:
-        rotary: tables of the whole sequence, [S, D].
-        rows: the positions of merged keys, [B, S'].
-        text: tokens in front that have norms of their own.
-    """
+    """Norms of queries and keys, followed by their rotation, of keys at `rows` [B, S']; `text` tokens in front have their own."""
 
     def rotating(name: str, places: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         norm, tables = getattr(attn, name), (rotary[0][places.flatten()], rotary[1][places.flatten()])
@@ -212,12 +206,7 @@ def rotating_norms(attn: Any, rotary: Rotary, rows: torch.Tensor, text: int) -> 
 
 
 class Listening:
-    """An attention module as its processor sees it, which keeps what the projections return: observing costs none of its own.
-
-    Args:
-        attn: the module.
-        known: projections by name that are not to be computed again.
-    """
+    """An attention module as its processor sees it, which keeps what projections return; those `known` are not computed again."""
 
     SEPARATE = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))  # of the image, of the text
     FUSED = ("to_qkv", "to_added_qkv", "to_kv")
@@ -239,11 +228,7 @@ class Listening:
         return project
 
     def projection(self, which: int, text: bool = False) -> torch.Tensor:
-        """Query (0), key (1) or value (2) of all tokens of the image or of the text, [B, N, H, D], before norms.
-
-        Raises:
-            RuntimeError: if the processor never asked for it.
-        """
+        """Query (0), key (1) or value (2) of the image or the text, [B, N, H, D], before norms; RuntimeError if never made."""
         if (name := self.SEPARATE[text][which]) in self.heard:
             projected = self.heard[name]
         elif (name := self.FUSED[text]) in self.heard:

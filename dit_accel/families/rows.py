@@ -20,38 +20,25 @@ Fused = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any], "tor
 class Stack:
     """Blocks of one kind, run one after the other.
 
-    Attributes:
-        blocks: name of the transformer's ModuleList.
-        mixers: submodules of a block through which tokens see each other; a block that lacks one is fine.
-        tokens: argument of the block that holds the tokens, [B, N, C].
-        idle: submodules that work for text alone, and so not at all while no text is computed.
-        text: argument that holds a text stream of its own; None if text is part of the tokens or only looked at.
-        returns: what the block returns, in order; a block that returns a single tensor returns tokens.
-        joint: whether the tokens are a joint sequence of text and image.
-        text_last: whether text follows the image in joint sequences, also inside joint attention.
-        per_token: arguments that hold a row for every token, [B, N, ...], at least in some pipelines.
-        positions: arguments that hold rotary tables with a row for every token; only fresh attention needs them.
-        masks: arguments that are costly to prepare for mixers, and so left out while attention is reused.
-        refused: arguments that change the order of tokens or who sees whom, and so must be None.
-        fused: carries out a mixer that computes more than attention. `fused(mixer, forward, args, kwargs, None)` returns the
-            mixer's output and what to remember, [B, N, C]; given the selected rows of that, it returns the output alone.
-        example: shapes of the block's further tensors without the batch, for the subset check. A number below 0 stands for as
-            many times the width of the tokens, a name for the input width of that submodule; () is an integer.
+    `fused(mixer, forward, args, kwargs, None)` carries out a mixer that computes more than attention, and returns its output and
+    what to remember, [B, N, C]; given the selected rows of that in place of None, it returns the output alone.
     """
 
-    blocks: str
-    mixers: tuple[str, ...]
-    idle: tuple[str, ...] = ()
-    tokens: str = "hidden_states"
-    text: str | None = None
-    returns: tuple[str, ...] = ("tokens",)
-    joint: bool = False
-    text_last: bool = False
-    per_token: tuple[str, ...] = ()
-    positions: tuple[str, ...] = ()
-    masks: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
+    blocks: str  # name of the transformer's ModuleList
+    mixers: tuple[str, ...]  # submodules through which tokens see each other; a block may lack some
+    idle: tuple[str, ...] = ()  # submodules that work for text alone: not at all while no text is computed
+    tokens: str = "hidden_states"  # argument of the block that holds the tokens, [B, N, C]
+    text: str | None = None  # argument that holds a text stream; None if text is among the tokens or only looked at
+    returns: tuple[str, ...] = ("tokens",)  # what the block returns, in order; a single tensor is tokens
+    joint: bool = False  # whether the tokens are a joint sequence of text and image
+    text_last: bool = False  # whether text follows the image in joint sequences, also inside joint attention
+    per_token: tuple[str, ...] = ()  # arguments that may hold a row for every token, [B, N, ...]
+    positions: tuple[str, ...] = ()  # rotary tables with a row for every token, for fresh attention
+    masks: tuple[str, ...] = ()  # costly to prepare for mixers: left out while attention is reused
+    refused: tuple[str, ...] = ()  # change the order of tokens or who sees whom: must be None
     fused: Fused | None = None
+    # Shapes of further tensors for the subset check, without the batch: below 0, so many times the width; a name, that submodule's
+    # input width; () is an integer.
     example: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
 
 
@@ -59,30 +46,21 @@ class Stack:
 class Family:
     """What model scope knows of a transformer.
 
-    Attributes:
-        transformer: name of its class in diffusers.
-        stacks: its blocks, in the order in which they run.
-        grid: frames, height and width in tokens, from the transformer's configuration and arguments. Of tokens that are not the
-            picture's own (reference images) it says nothing. It may read the device, so ask once a run.
-        tokens: how many tokens are not text, where these are neither the rows of the latents nor a full grid.
-        head: the last module that treats one token at a time; the output is put together from its rows.
-        latents, text, timestep: the arguments of the forward that hold them; text is what tells guidance branches apart.
-        batched_guidance: order of the halves of guidance in the batch; empty where pipelines call once for each.
-        least_text: text tokens to keep on a partial step though nobody looks at them.
-        stale_only: why attention cannot be computed afresh on a partial step; empty if it can.
+    `grid` gives frames, height and width in tokens, from the transformer's configuration and arguments, without tokens that are not
+    the picture's own (reference images). It may read the device, so ask once a run.
     """
 
-    transformer: str
-    stacks: tuple[Stack, ...]
+    transformer: str  # name of its class in diffusers
+    stacks: tuple[Stack, ...]  # its blocks, in the order in which they run
     grid: Callable[[Any, Given], Grid]
-    tokens: Callable[[Any, Given], int] | None = None
-    head: str = "proj_out"
-    latents: str = "hidden_states"
-    text: str = "encoder_hidden_states"
-    timestep: str = "timestep"
-    batched_guidance: tuple[str, ...] = ()
-    least_text: int = 0
-    stale_only: str = ""
+    tokens: Callable[[Any, Given], int] | None = None  # how many are not text, if neither the rows of the latents nor a full grid
+    head: str = "proj_out"  # the last module that treats one token at a time: the output is made of its rows
+    latents: str = "hidden_states"  # argument of the forward
+    text: str = "encoder_hidden_states"  # argument that tells guidance branches apart
+    timestep: str = "timestep"  # argument of the forward
+    batched_guidance: tuple[str, ...] = ()  # order of the halves in the batch; empty: one call for each
+    least_text: int = 0  # text tokens to keep on a partial step though nobody looks at them
+    stale_only: str = ""  # why attention cannot be computed afresh; empty if it can
 
     def count(self, config: Any, given: Given) -> int:
         """How many tokens can be selected: everything but text."""

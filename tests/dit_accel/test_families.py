@@ -14,7 +14,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from dit_accel.families.table import FAMILIES, lookup
-from dit_accel.packed import Packed, sites
+from dit_accel.packed import Packed, blocks_of
 from dit_accel.steps import Memory
 from tests.dit_accel import tiny
 from tests.dit_accel.tiny_pipelines import TABLE, pipelines
@@ -105,7 +105,7 @@ def test_arguments_tokens_and_grid(case: Any) -> None:
     name, pipe, call = case
     for model in transformers(pipe):
         driver, entered = Driver(model), []
-        site, block = next(sites(model, driver.family))
+        site, block = next(blocks_of(model, driver.family))
         block.register_forward_pre_hook(lambda module, args, kwargs, site=site, entered=entered: entered.append(
             {**dict(zip(site.names, args, strict=False)), **kwargs}[site.stack.tokens].shape[1]), with_kwargs=True)  # fmt: skip
         call(pipe, steps=2)
