@@ -62,7 +62,7 @@ def test_output_caches_and_their_lists():
     ("method", "message"),
     [
         ({"output": {}, "cache": {}}, "output works alone"),
-        ({"output": {"order": 9}}, "order is 0 to"),
+        ({"output": {"order": 9}}, "order must be a whole number between 0 and 3"),
         ({"output": {"fill": "reuse"}}, "OutputCacheConfig has no option fill"),
         ({"cache": {"selector": "random"}, "speed": 2}, "A method sets cache, merge, output or steps"),
         ("random", "A method sets"),
