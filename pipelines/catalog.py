@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def samples_folder() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """One pipeline and the settings it was made for. `size` is the side of the square picture, in pixels."""
+    """One pipeline, the settings it was made for, and a shorter name. `size` is the side of the square picture, in pixels."""
 
     name: str
     pipeline_class: str
@@ -26,6 +27,7 @@ class Entry:
     size: int
     max_sequence_length: int
     embedded: bool = False
+    alias: str = ""
 
     @property
     def source(self) -> str:
@@ -38,17 +40,45 @@ CATALOG: dict[str, Entry] = {
     for entry in (
         Entry("emoji-flux", "FluxPipeline", "small FLUX trained on emoji, no download", 28, 1.0, 128, 16, embedded=True),
         Entry("emoji-pixart", "PixArtSigmaPipeline", "small PixArt trained on emoji, no download", 20, 3.0, 128, 16, embedded=True),
-        Entry("black-forest-labs/FLUX.1-dev", "FluxPipeline", "12 B parameters, gated", 50, 3.5, 1024, 512),
-        Entry("black-forest-labs/FLUX.1-schnell", "FluxPipeline", "12 B parameters, four steps", 4, 0.0, 1024, 256),
-        Entry("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArtSigmaPipeline", "0.6 B parameters", 20, 4.5, 1024, 300),
-        Entry("PixArt-alpha/PixArt-XL-2-1024-MS", "PixArtAlphaPipeline", "0.6 B parameters", 20, 4.5, 1024, 120),
+        Entry("black-forest-labs/FLUX.1-dev", "FluxPipeline", "12 B parameters, gated", 50, 3.5, 1024, 512, alias="flux-dev"),
+        Entry(
+            "black-forest-labs/FLUX.1-schnell",
+            "FluxPipeline",
+            "12 B parameters, four steps",
+            4,
+            0.0,
+            1024,
+            256,
+            alias="flux-schnell",
+        ),
+        Entry(
+            "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+            "PixArtSigmaPipeline",
+            "0.6 B parameters",
+            20,
+            4.5,
+            1024,
+            300,
+            alias="pixart-sigma",
+        ),
+        Entry(
+            "PixArt-alpha/PixArt-XL-2-1024-MS", "PixArtAlphaPipeline", "0.6 B parameters", 20, 4.5, 1024, 120, alias="pixart-alpha"
+        ),
     )
 }
 
 
 def find(name_or_path: str) -> Entry | None:
-    """The entry of a name, of a hub id, or of the folder of an embedded pipeline; None for any other pipeline."""
-    if name_or_path in CATALOG:
-        return CATALOG[name_or_path]
+    """The entry of a name, an alias, a hub id, or the folder of an embedded pipeline; None for any other pipeline."""
+    for entry in CATALOG.values():
+        if name_or_path and name_or_path in (entry.name, entry.alias):
+            return entry
     path = Path(name_or_path).resolve()
     return next((e for e in CATALOG.values() if e.embedded and Path(e.source).resolve() == path), None)
+
+
+def suggestion(name: str) -> str:
+    """ " Did you mean emoji-flux?" for a name that is nearly one of the catalog; "" for any other."""
+    known = [known for entry in CATALOG.values() for known in (entry.name, entry.alias) if known]
+    close = difflib.get_close_matches(name.lower(), [one.lower() for one in known], n=1, cutoff=0.75)
+    return "".join(f" Did you mean {one}?" for one in known if one.lower() in close)

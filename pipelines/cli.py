@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from dit_accel.pipelines import options
+from dit_accel.pipelines import lists, options
+from dit_accel.pipelines.extras import start
 from dit_accel.pipelines.terminal import err, plain_errors, quiet, show, usage
 
 app = typer.Typer(
@@ -34,20 +37,64 @@ def root(
     pass
 
 
+def asked_for(prompts: list[str] | None, file: Path | None = None, config: Path | None = None) -> list[str]:
+    """The prompts on the command line and of a file; without either that of a picture made before. BadParameter if wrong."""
+    from dit_accel.pipelines.prompt_sets import is_prompt, read_prompt_set
+
+    found = list(prompts or [])
+    with usage():
+        if file:
+            found += read_prompt_set(file)
+        elif config and not found:
+            from dit_accel.pipelines.pictures import read_record
+
+            found = [read_record(config)["prompt"]]
+    if not found or not all(map(is_prompt, found)):
+        raise typer.BadParameter(
+            'Give at least one prompt, and none that is empty, as in: dit-accel generate "red apple, 3d style".'
+        )
+    return found
+
+
+def loaded(log: Console, pipeline: str, *machine: str) -> Any:
+    """A pipeline, and meanwhile the word that it is being loaded; BadParameter if there is no such one."""
+    from dit_accel.pipelines.loading import load
+    from dit_accel.pipelines.progress import loading
+
+    with usage(), loading(log, pipeline):
+        return load(pipeline, *machine)
+
+
+def replay(context: typer.Context, path: Path | None) -> Path | None:
+    """What a picture was made with takes the place of the options' defaults."""
+    if path is not None:
+        from dit_accel.pipelines.replay import defaults_of
+
+        with usage():
+            context.default_map = defaults_of(path)
+    return path
+
+
 @app.command()
 @options.with_options_of("token-cache", "output-cache", "token-merge")
 def generate(
+    context: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(help="What to make; several prompts make several pictures.")] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="Read more prompts from a file, one a line; # starts a comment.")
+    prompts_file: options.PromptsFile = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=replay,
+            is_eager=True,
+            help="A picture made before, or the JSON file beside it: make it again. Options and prompts given as well change it.",
+        ),
     ] = None,
     pipeline: options.Pipeline = "emoji-flux",
-    output: Annotated[Path, typer.Option(help="Folder of the pictures; made if needed, nothing in it is overwritten.")] = Path(
-        "out"
-    ),
+    output: options.Output = Path("out"),
     compare: Annotated[
         bool, typer.Option("--compare", help="Also make each picture in full, and one of both side by side.")
     ] = False,
+    as_json: options.AsJson = False,
     method: Annotated[
         options.Method,
         typer.Option(
@@ -73,7 +120,7 @@ def generate(
     device: options.Device = "auto",
     offload: options.Offload = "none",
     debug: options.Debug = False,
-    **given: Any,
+    **knobs: Any,
 ) -> None:
     """Make pictures of prompts, and write each with its settings inside and in a JSON file beside it.
 
@@ -91,48 +138,53 @@ def generate(
 
       dit-accel generate "crab" --method token-merge --merge-ratio 0.5 --merge-keys-only --compare
 
-      dit-accel generate "a red apple" --pipeline black-forest-labs/FLUX.1-schnell --offload model --method none
+      dit-accel generate "a red apple" --pipeline flux-schnell --offload model --method none
+
+      dit-accel generate --config out/crab-seed0.png --interval 6
     """
-    given |= dict(preset=preset, selector_file=selector_file)
+    knobs |= dict(preset=preset, selector_file=selector_file)
+    given = options.given(context, knobs)
     options.refuse_idle(method, given)
     if method is options.Method.none and compare:
         raise typer.BadParameter("--compare needs a method other than none.")
     with plain_errors(debug):
-        prompts = list(prompts or [])
-        if prompts_file:
-            from dit_accel.pipelines.prompts import read_prompts
-
-            with usage():
-                prompts += read_prompts(prompts_file)
-        if not prompts or not all(prompt.strip() for prompt in prompts):
-            raise typer.BadParameter(
-                'Give at least one prompt, and none that is empty, as in: dit-accel generate "red apple, 3d style".'
-            )
-        from dit_accel.pipelines.generation import settings_for
+        prompts = asked_for(prompts, prompts_file, config)
+        from dit_accel.pipelines.checks import FEW_STEPS, doubts, refuse_unused
+        from dit_accel.pipelines.generation import best_settings, check, is_flux, settings_for
         from dit_accel.pipelines.job import Job
-        from dit_accel.pipelines.loading import load, understand
+        from dit_accel.pipelines.loading import understand
+        from dit_accel.pipelines.pictures import check_folder
 
         quiet()
-        config = options.configured(method, given)
-        with usage():
+        configs = options.configured(method, given if preset else knobs)
+        refuse_unused(configs, given)
+        with usage(options.SETTINGS):
             understand(dtype, device, offload)
-        pipe = load(pipeline, dtype, device, offload)
+            check_folder(output)
+        log = err()
+        pipe = loaded(log, pipeline, dtype, device, offload)
         asked = dict(steps=steps, guidance=guidance, seed=seed, num_images=num_images, batch_size=batch_size)
-        with usage():
+        with usage(options.SETTINGS):
             settings = settings_for(pipe, pipeline, height=height, width=width, **asked)
-        job = Job(pipe, pipeline, prompts, config, settings, output, err())
-        job.warn()
-        show(job.compare() if compare else job.generate())
+            check(pipe, configs)
+        few = best_settings(pipe, pipeline)["steps"] <= FEW_STEPS
+        tell = (lambda record: typer.echo(json.dumps(record))) if as_json else (lambda record: None)
+        job = Job(pipe, pipeline, prompts, configs, settings, output, log, tell=tell)
+        job.warn(doubts(configs, given, settings.steps, few, is_flux(pipe), preset))
+        table = job.compare() if compare else job.generate()
+        if not as_json:
+            show(table)
 
 
 @app.command()
 @options.with_options_of("token-cache")
 def inspect(
-    prompt: Annotated[str, typer.Argument(help="What to make.")],
+    context: typer.Context,
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to make.")] = None,
+    prompts_file: options.PromptsFile = None,
     pipeline: options.Pipeline = "emoji-flux",
-    output: Annotated[Path, typer.Option(help="Folder of the picture; made if needed, nothing in it is overwritten.")] = Path(
-        "out"
-    ),
+    output: options.Output = Path("out"),
+    as_json: options.AsJson = False,
     selector: Annotated[list[str] | None, typer.Option(help="May be repeated.", show_default="all that can be used")] = None,
     selector_file: options.SelectorFile = None,
     preset: options.Preset = None,
@@ -148,7 +200,7 @@ def inspect(
     device: options.Device = "auto",
     offload: options.Offload = "none",
     debug: options.Debug = False,
-    **given: Any,
+    **knobs: Any,
 ) -> None:
     """Draw how often each place of a picture was computed, selector by selector.
 
@@ -162,77 +214,40 @@ def inspect(
     with plain_errors(debug):
         from dataclasses import replace
 
-        from dit_accel.pipelines.generation import settings_for
+        prompts = asked_for(prompts, prompts_file)
+        from dit_accel.pipelines.checks import FEW_STEPS, doubts, refuse_unused
+        from dit_accel.pipelines.generation import best_settings, check, is_flux, settings_for
         from dit_accel.pipelines.inspection import draw, usable
         from dit_accel.pipelines.job import Job
-        from dit_accel.pipelines.loading import load, understand
+        from dit_accel.pipelines.loading import understand
+        from dit_accel.pipelines.pictures import check_folder
 
         quiet()
-        if not prompt.strip():
-            raise typer.BadParameter("Give a prompt that is not empty.")
-        given |= dict(selector_file=selector_file, preset=preset, age_weight=age_weight)
-        [config] = options.configured(options.Method.token_cache, given)
+        knobs |= dict(selector_file=selector_file, preset=preset, age_weight=age_weight)
+        given = options.given(context, knobs)
+        [config] = options.configured(options.Method.token_cache, knobs)
         if not 0 < config.cache_ratio < 1 or config.interval == 1:
             raise typer.BadParameter("Nothing would be selected: --cache-ratio must lie between 0 and 1, --interval be at least 2.")
-        with usage():
+        refuse_unused([config], given.keys() - {"query_share"})  # which those selectors use that look at attention
+        with usage(options.SETTINGS):
             configs = [replace(config, selector=name) for name in selector] if selector else None
             understand(dtype, device, offload)
-        pipe = load(pipeline, dtype, device, offload)
-        with usage():
+            check_folder(output)
+        log = err()
+        pipe = loaded(log, pipeline, dtype, device, offload)
+        with usage(options.SETTINGS):
             settings = settings_for(pipe, pipeline, steps=steps, guidance=guidance, seed=seed, height=height, width=width)
-        Job(pipe, pipeline, [prompt], config, settings, output, err()).warn()
-        show(draw(pipe, pipeline, prompt, configs or usable(pipe, config), settings, output, err()))
+            for each in configs or ():
+                check(pipe, each)
+        few = best_settings(pipe, pipeline)["steps"] <= FEW_STEPS
+        said = doubts([config], given, settings.steps, few, is_flux(pipe), preset)
+        Job(pipe, pipeline, prompts, config, settings, output, log).warn(said)
+        for prompt in prompts:
+            show(draw(pipe, pipeline, prompt, configs or usable(pipe, config), settings, output, log), as_json)
 
 
-@app.command()
-def pipelines() -> None:
-    """List the pipelines known by name. Any other FLUX or PixArt checkpoint works by its hub id or folder."""
-    from rich.table import Column, Table
-
-    from dit_accel.pipelines.catalog import CATALOG
-
-    table = Table(Column("name", overflow="fold"), "class", "steps", "guidance", "size", "about")
-    for entry in CATALOG.values():
-        table.add_row(
-            entry.name, entry.pipeline_class, f"{entry.steps}", f"{entry.guidance:g}", f"{entry.size} x {entry.size}", entry.about
-        )
-    show(table)
-
-
-@app.command()
-def selectors() -> None:
-    """List the ways to choose the tokens that are computed on a partial step."""
-    with plain_errors():
-        from rich.table import Table
-
-        import dit_accel
-
-        table = Table("name", "chooses")
-        for name, description in dit_accel.selectors().items():
-            table.add_row(name, description)
-        show(table)
-
-
-@app.command()
-def families() -> None:
-    """List the transformers of diffusers, and what works on each."""
-    with plain_errors():
-        from rich.table import Table
-
-        from dit_accel.families.table import FAMILIES, MODULE_SCOPE
-
-        table = Table(
-            *("family", "transformer", "forecast", "guidance", "packed, reuse", "packed, fresh", "module scope"),
-            caption="Forecast, guidance and packed tokens (--compute-ratio, with --attention reuse or fresh) are of output-cache; "
-            "module scope is token-cache and token-merge.",
-        )
-        for name, row in FAMILIES.items():
-            guidance = "yes, in one batch" if row.batched_guidance else "yes, in two calls"
-            fresh = f"no: {row.stale_only}" if row.stale_only else "yes"
-            module = "yes" if name in MODULE_SCOPE else "no"
-            table.add_row(name.split("Transformer")[0], name, "yes", guidance, "yes", fresh, module)
-        table.add_row("any other", "of diffusers", "yes", "yes, in two calls", "no", "no", "no")
-        show(table)
+for command in (lists.pipelines, lists.selectors, lists.families):
+    app.command()(command)
 
 
 DEMO = ("emoji-flux", "emoji-pixart")
@@ -246,7 +261,9 @@ def demo(
     seed: int = 0,
     height: Annotated[int | None, typer.Option(hidden=True)] = None,
     width: Annotated[int | None, typer.Option(hidden=True)] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("out/demo"),
+    output: Annotated[Path, typer.Option(help="Folder of the pictures; those of an earlier demo in it are replaced.")] = Path(
+        "out/demo"
+    ),
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
     """Make a few pictures in full and with nine of ten tokens cached, and show how long each took."""
@@ -254,15 +271,20 @@ def demo(
         from dit_accel import TokenCacheConfig
         from dit_accel.pipelines.generation import settings_for
         from dit_accel.pipelines.job import Job
-        from dit_accel.pipelines.loading import load
+        from dit_accel.pipelines.pictures import check_folder
 
         quiet()
+        prompts = asked_for(prompt or list(DEMO_PROMPTS))
+        with usage():
+            check_folder(output)
         config = TokenCacheConfig(interval=4, cache_ratio=0.9, selector="random")
         table: Any = None
+        log = err()
         for name in pipeline or DEMO:
-            pipe = load(name)
-            settings = settings_for(pipe, name, seed=seed, height=height, width=width)
-            job = Job(pipe, name, list(prompt or DEMO_PROMPTS), config, settings, output / Path(name).name, err(), overwrite=True)
+            pipe = loaded(log, name)
+            with usage(options.SETTINGS):
+                settings = settings_for(pipe, name, seed=seed, height=height, width=width)
+            job = Job(pipe, name, prompts, config, settings, output / Path(name).name, log, overwrite=True)
             job.warn()
             table = job.compare(table)
         show(table)
@@ -273,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start("dit_accel.pipelines.cli", "cli")

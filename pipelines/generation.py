@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import dit_accel
 from dit_accel.pipelines.catalog import find
 from dit_accel.pipelines.methods import Config, first_partial_step
 from dit_accel.pipelines.prompts import t5_tokenizer
+from dit_accel.when import Mode
 
 OnStep = Callable[[], None]
 
@@ -47,7 +49,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture. Pictures made together share the time of their batch evenly; `work` is the report's summary."""
+    """One picture. Pictures made together share the time of their batch evenly; `work` is the report's summary.
+
+    `saved_seconds` is an estimate of what denoising would have taken longer in full; None where nothing tells.
+    """
 
     image: Image.Image
     prompt: str
@@ -55,16 +60,17 @@ class Picture:
     seconds: float
     denoising_seconds: float
     work: dict[str, Any] | None = None
+    saved_seconds: float | None = None
 
 
 def is_flux(pipe: Any) -> bool:
     return type(pipe).__name__.startswith("Flux")
 
 
-def settings_for(pipe: Any, name_or_path: str, **given: Any) -> Settings:
-    """The settings a pipeline is best called with, and on top of them those `given` that are not None."""
+def best_settings(pipe: Any, name_or_path: str) -> dict[str, Any]:
+    """Steps, guidance, size and length of the text that a pipeline is best called with."""
     if entry := find(name_or_path):
-        best = dict(steps=entry.steps, guidance=entry.guidance, max_sequence_length=entry.max_sequence_length)
+        best: dict[str, Any] = dict(steps=entry.steps, guidance=entry.guidance, max_sequence_length=entry.max_sequence_length)
         best |= dict(height=entry.size, width=entry.size)
     elif is_flux(pipe):
         distilled = pipe.transformer.config.guidance_embeds  # as FLUX.1-dev; without it, as FLUX.1-schnell
@@ -77,8 +83,12 @@ def settings_for(pipe: Any, name_or_path: str, **given: Any) -> Settings:
     else:
         best = dict(steps=20, guidance=4.5, max_sequence_length=120 if "Alpha" in type(pipe).__name__ else 300)
         best |= dict.fromkeys(("height", "width"), pipe.transformer.config.sample_size * pipe.vae_scale_factor)
-    best["max_sequence_length"] = min(best["max_sequence_length"], t5_tokenizer(pipe).model_max_length)
-    settings = Settings(**best | {name: value for name, value in given.items() if value is not None})
+    return best | {"max_sequence_length": min(best["max_sequence_length"], t5_tokenizer(pipe).model_max_length)}
+
+
+def settings_for(pipe: Any, name_or_path: str, **given: Any) -> Settings:
+    """The settings a pipeline is best called with, and on top of them those `given` that are not None."""
+    settings = Settings(**best_settings(pipe, name_or_path) | {name: value for name, value in given.items() if value is not None})
     token = pipe.vae_scale_factor * (2 if is_flux(pipe) else pipe.transformer.config.patch_size)
     if settings.height % token or settings.width % token:
         raise ValueError(
@@ -112,12 +122,12 @@ def call_arguments(pipe: Any, settings: Settings, on_step: OnStep) -> dict[str, 
 
 
 class DenoisingClock:
-    """Seconds from the start of the transformer's first call to the end of its last one, inside a `with` block."""
+    """Seconds from the start of the transformer's first call to the end of its last one, inside a `with` block, and of each."""
 
     def __init__(self, pipe: Any) -> None:
         self.transformer, self.device = pipe.transformer, torch.device(pipe._execution_device)
-        self.first: Any = None
-        self.last: Any = None
+        self.begun: list[Any] = []
+        self.ended: list[Any] = []
 
     def now(self) -> Any:
         if self.device.type == "cuda":  # an event does not make the CPU wait, so the measurement costs nothing
@@ -129,11 +139,10 @@ class DenoisingClock:
         return time.perf_counter()
 
     def begin(self, *_: Any) -> None:
-        if self.first is None:
-            self.first = self.now()
+        self.begun.append(self.now())
 
     def end(self, *_: Any) -> None:
-        self.last = self.now()
+        self.ended.append(self.now())
 
     def __enter__(self) -> DenoisingClock:
         self.handles = [
@@ -148,10 +157,30 @@ class DenoisingClock:
 
     @property
     def seconds(self) -> float:
-        if isinstance(self.first, float):
-            return float(self.last - self.first)
-        self.last.synchronize()
-        return float(self.first.elapsed_time(self.last)) / 1000
+        return self.between(self.begun[0], self.ended[-1])
+
+    @property
+    def calls(self) -> list[float]:
+        """Seconds of every call."""
+        return [self.between(begun, ended) for begun, ended in zip(self.begun, self.ended, strict=True)]
+
+    def between(self, begun: Any, ended: Any) -> float:
+        if isinstance(begun, float):
+            return float(ended - begun)
+        ended.synchronize()
+        return float(begun.elapsed_time(ended)) / 1000
+
+
+def saved(calls: Sequence[Any], seconds: Sequence[float]) -> float | None:
+    """Seconds that calls (of a report) would have taken longer had each taken as long as the median of those in full.
+
+    None where no call computed everything, or all did.
+    """
+    whole = [call.mode is Mode.FULL and not call.merged and call.rows == 1 for call in calls]
+    if len(calls) != len(seconds) or not any(whole) or all(whole):
+        return None
+    full = statistics.median(second for second, one in zip(seconds, whole, strict=True) if one)
+    return sum(full - second for second, one in zip(seconds, whole, strict=True) if not one)
 
 
 def denoise(pipe: Any, batch: list[tuple[str, int]], settings: Settings, on_step: OnStep, applied: bool) -> list[Picture]:
@@ -163,11 +192,14 @@ def denoise(pipe: Any, batch: list[tuple[str, int]], settings: Settings, on_step
     with DenoisingClock(pipe) as clock:
         images = pipe([prompt for prompt, _ in batch], generator=generators, **arguments).images
     seconds = time.perf_counter() - start  # the pictures are on the CPU by now, so the device has finished
-    work = dit_accel.report(pipe).to_dict() if applied else None
-    if work is not None:
-        work.pop("calls", None)
+    work, gain = None, None
+    if applied:
+        report = dit_accel.report(pipe)
+        work, gain = report.to_dict(), saved(report.calls, clock.calls)
+        del work["calls"]
+    gain = None if gain is None else gain / len(batch)
     return [
-        Picture(image, prompt, seed, seconds / len(batch), clock.seconds / len(batch), work)
+        Picture(image, prompt, seed, seconds / len(batch), clock.seconds / len(batch), work, gain)
         for image, (prompt, seed) in zip(images, batch, strict=True)
     ]
 
@@ -220,6 +252,14 @@ def switch(pipe: Any, config: Config | Sequence[Config] | None) -> None:
     if config:
         dit_accel.apply(pipe, config)
     else:
+        dit_accel.remove(pipe)
+
+
+def check(pipe: Any, config: Config | Sequence[Config] | None) -> None:
+    """ValueError or TypeError, as from `dit_accel.apply`, unless a pipeline takes this configuration."""
+    try:
+        switch(pipe, config)
+    finally:
         dit_accel.remove(pipe)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 import dit_accel
 from dit_accel import Report, TokenCacheConfig, which
 from dit_accel.families.table import family_of
 from dit_accel.pipelines.generation import Settings, denoise
 from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
+from dit_accel.pipelines.progress import denoising
 
 TILE = 4  # side of a tile, in tokens
 COLOURS = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float64)  # rare to often
@@ -124,11 +123,8 @@ def draw(
         ValueError: for a selector that this pipeline cannot use, or if nothing is ever selected.
     """
     seen = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=log, transient=True) as bar:
-            task = bar.add_task(f"{name}: denoising", total=(1 + len(configs)) * settings.steps)
-            step = partial(bar.advance, task)
+        with denoising(log, (1 + len(configs)) * settings.steps) as step:
             full = denoise(pipe, [(prompt, settings.seed)], settings, step, applied=False)[0].image
             for config in configs:
                 dit_accel.apply(pipe, config, record=True)
@@ -138,7 +134,12 @@ def draw(
         dit_accel.remove(pipe)
     most = max(float(found.share.max()) for _, _, found in seen)
     table = Table(
-        "selector", "uniformity", "row", "column", "PSNR to full", caption=escape(f"{name}, {prompt!r}, seed {settings.seed}")
+        Column("selector", no_wrap=True),
+        "uniformity",
+        "row",
+        "column",
+        "PSNR to full",
+        caption=escape(f"{name}, {prompt!r}, seed {settings.seed}"),
     )
     panels, figures = [(full, ["in full"])], {}
     for selector, image, found in seen:
@@ -156,5 +157,5 @@ def draw(
     cache = {key: value for key, value in config.to_dict().items() if key != "selector"}
     record = {"prompt": prompt, "pipeline": name, **asdict(settings), "cache": cache, "selectors": figures, "most": most}
     save(side_by_side(heading, panels, columns=5), path, record)
-    log.print(f"Picture: {escape(str(path))}")
+    log.print(f"Picture: {escape(str(path))}", soft_wrap=True, highlight=False)
     return table

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,18 +13,26 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from dit_accel.pipelines.generation import OnStep, Picture, Settings, compare, generate
 from dit_accel.pipelines.methods import Config, describe, parts, settings_of
 from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
+from dit_accel.pipelines.progress import denoising
 from dit_accel.pipelines.prompts import cut_text, unknown_words
 
 
 @dataclass
 class Job:
-    """Prompts for one pipeline. `name` is what the user called the pipeline; `log` is where warnings and progress go."""
+    """Prompts for one pipeline.
+
+    Attributes:
+        name: what the user called the pipeline.
+        output: folder of the pictures.
+        log: where warnings, progress and a line about every picture go.
+        overwrite: whether pictures of an earlier job may be replaced; no two of this one share a file.
+        tell: called with the record of every picture once it is saved, and the paths of its files.
+    """
 
     pipe: Any
     name: str
@@ -34,29 +42,33 @@ class Job:
     output: Path
     log: Console
     overwrite: bool = False
+    tell: Callable[[dict[str, Any]], None] = lambda record: None
 
     def __post_init__(self) -> None:
         self.taken: set[str] = set()
 
-    def warn(self) -> None:
-        """Say which words of the prompts the pipeline will not see."""
+    def warn(self, doubts: Sequence[str] = ()) -> None:
+        """Say which words of the prompts the pipeline will not see, and what else is doubtful."""
+        said = list(doubts)
         for prompt in self.prompts:
-            quoted = escape(repr(prompt))
             if words := unknown_words(self.pipe, prompt):
-                self.log.print(f"[yellow]Warning:[/] {escape(self.name)} does not know {escape(', '.join(words))} in {quoted}.")
+                said.append(f"{self.name} does not know {', '.join(words)} in {prompt!r}.")
             if cut := cut_text(self.pipe, prompt, self.settings.max_sequence_length):
-                self.log.print(
-                    f"[yellow]Warning:[/] {quoted} is longer than {self.settings.max_sequence_length} tokens; "
-                    f"{escape(self.name)} does not see {escape(repr(cut))}."
+                said.append(
+                    f"{prompt!r} is longer than {self.settings.max_sequence_length} tokens; {self.name} does not see {cut!r}."
                 )
+        for sentence in said:
+            self.log.print(f"[yellow]Warning:[/] {escape(sentence)}", highlight=False)
 
     def generate(self) -> Table:
         """One file a picture; the table says which."""
-        table = Table("prompt", "seed", "denoising s", "whole call s", Column("picture", overflow="fold"))
+        table = Table("prompt", "seed", "denoising s", "whole call s", Column("picture", no_wrap=True))
         with self.progress(runs=1) as on_step:
             for picture in generate(self.pipe, self.prompts, self.config, self.settings, on_step):
-                path = self.path(picture)
-                save(picture.image, path, self.record(picture, self.config))
+                record = self.record(picture, self.config)
+                path = self.keep(picture, record, endings=("",))
+                self.tell({"picture": str(path), **record})
+                self.say(path, picture, picture.saved_seconds)
                 times = f"{picture.denoising_seconds:.2f}", f"{picture.seconds:.2f}"
                 table.add_row(escape(picture.prompt), f"{picture.seed}", *times, escape(str(path)))
         return table
@@ -71,15 +83,15 @@ class Job:
             "seconds merged" if list(parts(self.config)) == ["token-merge"] else "seconds cached",
             "speed-up",
             "PSNR",
-            "picture",
+            Column("picture", no_wrap=True),
             caption="Seconds are of denoising.",
         )
         with self.progress(runs=2) as on_step:
             for full, faster in compare(self.pipe, self.prompts, self.config, self.settings, on_step):
-                path, likeness = self.path(faster), psnr(full.image, faster.image)
-                beside = path.with_name(f"{path.stem}-compare.png")
-                save(full.image, path.with_name(f"{path.stem}-full.png"), self.record(full, None))
-                save(faster.image, path, self.record(faster, self.config))
+                record, likeness = self.record(faster, self.config), psnr(full.image, faster.image)
+                path = self.keep(faster, record, endings=("", "-full", "-compare"))
+                beside, whole = path.with_name(f"{path.stem}-compare.png"), path.with_name(f"{path.stem}-full.png")
+                save(full.image, whole, self.record(full, None))
                 speedup = full.denoising_seconds / faster.denoising_seconds
                 page = side_by_side(
                     f"{faster.prompt} ({self.name}, seed {faster.seed})",
@@ -101,7 +113,10 @@ class Job:
                     "speedup_whole_call": full.seconds / faster.seconds,
                     "full": {"seconds": full.seconds, "denoising_seconds": full.denoising_seconds},
                 }
-                save(page, beside, self.record(faster, self.config) | {"comparison": comparison})
+                record |= {"comparison": comparison}
+                save(page, beside, record)
+                self.tell({"picture": str(path), "full": str(whole), "compare": str(beside), **record})
+                self.say(beside, faster, full.denoising_seconds - faster.denoising_seconds)
                 table.add_row(
                     escape(self.name),
                     escape(faster.prompt),
@@ -113,9 +128,28 @@ class Job:
                 )
         return table
 
-    def path(self, picture: Picture) -> Path:
-        name = stem(picture.prompt, picture.seed)
-        return self.output / f"{name if self.overwrite else unused(self.output, name, self.taken)}.png"
+    def keep(self, picture: Picture, record: dict[str, Any], endings: Sequence[str]) -> Path:
+        """Save a picture under a name that no other has, also where another process writes into the same folder."""
+        folder = None if self.overwrite else self.output
+        while True:
+            name = unused(folder, stem(picture.prompt, picture.seed), self.taken, endings)
+            path = self.output / f"{name}.png"
+            try:
+                save(picture.image, path, record, replace=self.overwrite)
+                return path
+            except FileExistsError:
+                if not path.exists():
+                    raise
+
+    def say(self, path: Path, picture: Picture, saved: float | None) -> None:
+        """A line about a picture: where it is, its seconds, those that were saved, and what the report says."""
+        words = [f"{picture.seconds:.2f} s"]
+        if saved is not None:
+            words.append(f"about {abs(saved):.2f} s {'saved' if saved >= 0 else 'lost'}")
+        if work := picture.work:
+            words.append(f"{work['full_flops'] / work['flops']:.2f} times fewer FLOPs" if work["flops"] else "no FLOPs")
+            words.append(f"cache {work['cache_bytes'] / 2**20:.1f} MiB")
+        self.log.print(f"{escape(str(path))}: {', '.join(words)}", soft_wrap=True, highlight=False)
 
     def record(self, picture: Picture, config: Config | list[Config] | None) -> dict[str, Any]:
         """All that is needed to make the picture again, and what making it took."""
@@ -133,18 +167,14 @@ class Job:
             "work": picture.work,
             "seconds": picture.seconds,
             "denoising_seconds": picture.denoising_seconds,
+            "saved_seconds_estimate": picture.saved_seconds,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
             "versions": {package: version(package) for package in ("dit-accel", "torch", "diffusers", "transformers")},
         }
 
-    @contextmanager
-    def progress(self, runs: int) -> Iterator[OnStep]:
-        """A bar over all denoising steps; gives what to call after each."""
+    def progress(self, runs: int) -> AbstractContextManager[OnStep]:
+        """Shows how many of all denoising steps are done; gives what to call after each."""
         pictures = len(self.prompts) * self.settings.num_images
-        total = -(-pictures // self.settings.batch_size) * self.settings.steps * runs
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.log, transient=True) as bar:
-            task = bar.add_task(f"{self.name}: denoising", total=total)
-            yield lambda: bar.advance(task)
+        return denoising(self.log, -(-pictures // self.settings.batch_size) * self.settings.steps * runs)

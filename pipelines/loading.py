@@ -20,14 +20,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from dit_accel.pipelines.catalog import CATALOG, SUPPORTED, find
+from dit_accel.pipelines.catalog import CATALOG, SUPPORTED, find, suggestion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOAD = ("none", "model", "group", "sequential")
 
 
 class LoadError(RuntimeError):
-    """The pipeline cannot be loaded; the message is one sentence that says what to do."""
+    """The pipeline cannot be loaded; the message says in a sentence what to do."""
+
+
+class NoSuchPipeline(LoadError, ValueError):
+    """What was asked for is no pipeline, or none that is supported."""
 
 
 def load(name_or_path: str, dtype: str = "auto", device: str = "auto", offload: str = "none") -> Any:
@@ -41,7 +45,8 @@ def load(name_or_path: str, dtype: str = "auto", device: str = "auto", offload: 
             or "sequential" (one layer at a time: least memory, slowest).
 
     Raises:
-        LoadError: missing weights, no access, no connection, or a pipeline that is neither FLUX nor PixArt.
+        NoSuchPipeline: a name that is unknown, or what is no FLUX or PixArt pipeline; a LoadError, too.
+        LoadError: missing weights, no access, no connection.
         ValueError: an option that does not exist or cannot be had on this machine.
     """
     place, kind = understand(dtype, device, offload)
@@ -112,20 +117,20 @@ def read_class(source: str) -> str:
     if folder.exists():
         path = folder / "model_index.json"
         if not path.is_file():
-            raise LoadError(
+            raise NoSuchPipeline(
                 f"{source} is not a pipeline in diffusers format: it has no model_index.json; give the folder that has one."
             )
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         with explained(source):
             path = Path(hf_hub_download(source, "model_index.json"))
     else:
-        raise LoadError(
-            f"There is no pipeline {source!r}: give one of {', '.join(CATALOG)}, "
+        raise NoSuchPipeline(
+            f"There is no pipeline {source!r}.{suggestion(source)} Give one of {', '.join(CATALOG)}, "
             "a folder that exists, or a hub id such as owner/name."
         )
     class_name = str(json.loads(path.read_text(encoding="utf-8")).get("_class_name"))
     if class_name not in SUPPORTED:
-        raise LoadError(f"{source} is a {class_name}, which is not supported: give a pipeline of {', '.join(SUPPORTED)}.")
+        raise NoSuchPipeline(f"{source} is a {class_name}, which is not supported: give a pipeline of {', '.join(SUPPORTED)}.")
     return class_name
 
 
@@ -139,13 +144,14 @@ def explained(source: str) -> Iterator[None]:
             f"{source} is gated: accept its terms on https://huggingface.co/{source}, then log in with `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
-        raise LoadError(
+        raise NoSuchPipeline(
             f"The hub has no repository {source}, or it is private: check the name, or log in with `hf auth login`."
+            f"{suggestion(source)}"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise LoadError(
             f"{source} is not on this machine and the hub cannot be reached: check the connection (and HF_HUB_OFFLINE), "
-            "or use an embedded pipeline such as emoji-flux."
+            f"or use an embedded pipeline such as emoji-flux.{suggestion(source)}"
         ) from error
     except EntryNotFoundError as error:
         raise LoadError(f"{source} lacks a file that a pipeline in diffusers format has: {first_sentence(error)}") from error

@@ -20,6 +20,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PICTURE, MACHINE = "Picture", "Machine"
 PANELS = {"token-cache": "Token cache", "output-cache": "Output cache", "token-merge": "Token merge"}
 Pipeline = Annotated[str, typer.Option(help="A name of `dit-accel pipelines`, a hub id, or a diffusers folder.")]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Read more prompts from a text file, one a line, where # starts a comment; from JSON, JSON lines, CSV or TSV with a "
+        "key or column prompt; or, as -, from standard input, one a line."
+    ),
+]
+Output = Annotated[Path, typer.Option(help="Folder of the pictures; made if needed, nothing in it is overwritten.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Preset = Annotated[
     str | None,
     typer.Option(
@@ -49,6 +58,11 @@ class Method(str, Enum):
         return [part for part in self.value.split("+") if part in METHODS]
 
 
+def written(name: str) -> str:
+    """A parameter of a command, as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 # Every option of a method: parameter of the command -> method -> field. Methods share an option where the names are the same.
 KNOBS: dict[str, dict[str, dataclasses.Field[Any]]] = {}
 for _method, _config in METHODS.items():
@@ -57,6 +71,22 @@ for _method, _config in METHODS.items():
             KNOBS.setdefault(_flag, {})[_method] = _field
 # Options of generate that are no field of a configuration, and the methods that they are for.
 OTHERS = {"preset": ["token-cache"], "selector_file": ["token-cache", "output-cache"]}
+# What messages call the options that are no method's, and how they are written.
+SETTINGS = {
+    name: written(name)
+    for name in "steps guidance seed num_images batch_size height width dtype device offload selector prompts_file".split()
+}
+
+
+def flags_of(method: str) -> dict[str, str]:
+    """The fields of a method's configuration, and the options that they are."""
+    return {fields[method].name: written(name) for name, fields in KNOBS.items() if method in fields}
+
+
+def is_pair(method: str, field: dataclasses.Field[Any]) -> bool:
+    """Whether an option takes two numbers, one after the other."""
+    lists = [kind for kind in METHODS[method].kinds()[field.name] if get_origin(kind) is tuple]
+    return any(... not in get_args(kind) for kind in lists)
 
 
 def with_options_of(*methods: str) -> Callable[[Command], Command]:
@@ -97,7 +127,7 @@ def _annotation(name: str, fields: dict[str, dataclasses.Field[Any]]) -> Any:
     simple = [kind for kind in kinds if kind in (bool, int, float, str)]
     if not lists:
         return Annotated[simple[0] | None, typer.Option(**about)]
-    if ... not in get_args(lists[0]):  # a pair
+    if is_pair(method, field):
         return Annotated[lists[0] | None, typer.Option(**about)]
     about |= dict(parser=numbers(get_args(lists[0])[0], bool(simple)), metavar="N,N,...")
     return Annotated[Any, typer.Option(**about)]
@@ -134,17 +164,26 @@ def refuse_idle(method: Method, given: dict[str, Any]) -> None:
     for name, owners in {**OTHERS, **KNOBS}.items():
         if given.get(name) is not None and not set(owners) & set(method.parts):
             able = [f"{other.value}" for other in Method if set(owners) & set(other.parts)]
-            raise typer.BadParameter(f"--{name.replace('_', '-')} needs --method {' or '.join(able)}, not {method.value}.")
+            raise typer.BadParameter(f"{written(name)} needs --method {' or '.join(able)}, not {method.value}.")
+
+
+def given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that were written on the command line, whatever --config says of the others."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    return {name: value for name, value in values.items() if (source := sources[name]) and source.name == "COMMANDLINE"}
 
 
 def configured(method: Method, given: dict[str, Any]) -> list[Any]:
     """The configurations that the options of a command ask for; BadParameter if there are no such ones."""
-    if given.get("selector_file") is not None:
-        runpy.run_path(str(given["selector_file"]))
+    file = given.get("selector_file")
+    if file is not None:
+        if not file.is_file():
+            raise typer.BadParameter(f"--selector-file: there is no file {file}.")
+        runpy.run_path(str(file))
     configs = []
     for part in method.parts:
         own = {fields[part].name: given[name] for name, fields in KNOBS.items() if part in fields and given.get(name) is not None}
-        with usage():
+        with usage(flags_of(part)):
             preset = given.get("preset") if part == "token-cache" else None
             configs.append(METHODS[part].preset(preset, **own) if preset else METHODS[part](**own))  # type: ignore[union-attr]
     return configs

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 PANEL = 320  # smallest side at which a picture of a side-by-side is shown, in pixels
 MARGIN, FONT = 12, 16
 ORIENTATION = 0x0112  # of EXIF
+MANIFEST = "manifest.jsonl"
+TEXTS = ("prompt", "pipeline", "pipeline_class", "method", "dtype", "device")  # of a record, in a PNG as they are
 
 Picture = Image.Image | NDArray[np.uint8]  # an array is [height, width, 3]
 
@@ -121,18 +125,68 @@ def wrap(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when interrupted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
+    """Write a file whole or not at all, also when interrupted or when the disk is full.
+
+    Args:
+        path: the file; its folder is made if needed.
+        data: what it will hold.
+        replace: whether a file that is there is replaced.
+
+    Raises:
+        FileExistsError: if the file is there, or appears meanwhile, and is not to be replaced.
+        OSError: if it cannot be written; it names the file.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(part, 0o666 & ~current_umask())  # mkstemp makes files that only their owner can read
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(part, 0o666 & ~current_umask())  # mkstemp makes files that only their owner can read
+            if replace:
+                os.replace(part, path)
+            else:
+                _link(part, path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _link(part: str, path: Path) -> None:
+    """Give a file a name that no other has, in one step where the file system can."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
         raise
+    except OSError:  # no hard links here
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(part, path)
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError unless files can be written into this folder, which need not exist yet. Nothing is left behind."""
+    place = folder.absolute()
+    try:
+        while not _is_there(place):
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(f"{folder} cannot be the folder of pictures: {place} is a file.")
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be the folder of pictures: {place}: {error.strerror}.") from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def current_umask() -> int:
@@ -151,11 +205,46 @@ def png(image: Image.Image, record: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def save(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
-    """Write a PNG with the record in it, and the record as JSON beside it."""
-    write_atomically(path, png(image, record))
+def save(image: Image.Image, path: Path, record: dict[str, Any], *, replace: bool = True) -> None:
+    """Write a PNG with the record in it, the record as JSON beside it, and a line about it into the folder's manifest.
+
+    The manifest has one JSON object a line: the record, and the name of the picture's file as `file`. Of two lines about one
+    file, the later one counts.
+
+    Raises:
+        FileExistsError: if there is such a PNG, and it is not to be replaced.
+        OSError: if something cannot be written; it names the file.
+    """
+    write_atomically(path, png(image, record), replace=replace)
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path.with_suffix(".json"), text.encode())
+    line = json.dumps({"file": path.name, **record}, ensure_ascii=False, allow_nan=False) + "\n"
+    with open(path.parent / MANIFEST, "ab", buffering=0) as file:  # one write, so that lines of several processes stay whole
+        file.write(line.encode())
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record that `save` has put into a PNG or a JSON file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no record.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; give a picture of `dit-accel generate`, or the JSON file beside it.")
+    record: Any = None
+    try:
+        if path.suffix.lower() == ".json":
+            record = json.loads(path.read_text(encoding="utf-8-sig"))
+        else:
+            with Image.open(path) as image:
+                texts: dict[str, str] = getattr(image, "text", {})
+                record = {key: text if key in TEXTS else json.loads(text) for key, text in texts.items()}
+    except (OSError, SyntaxError, ValueError):
+        pass
+    if not isinstance(record, dict) or not {"prompt", "pipeline", "method"} <= set(record):
+        raise ValueError(f"{path} holds no settings; give a picture of `dit-accel generate`, or the JSON file beside it.")
+    return record
 
 
 def stem(prompt: str, seed: int) -> str:
@@ -164,12 +253,16 @@ def stem(prompt: str, seed: int) -> str:
     return f"{slug or 'picture'}-seed{seed}"
 
 
-def unused(folder: Path, name: str, taken: set[str]) -> str:
-    """`name`, or `name-2`, `name-3` and so on: the first that is not in `taken` and that no file in `folder` begins with."""
+def unused(folder: Path | None, name: str, taken: set[str], endings: Sequence[str] = ("",)) -> str:
+    """`name`, or `name-2`, `name-3` and so on: the first that is not in `taken`, and that no file has with one of the endings.
+
+    Without a folder, what is in it may be overwritten.
+    """
     number = 1
     while True:
         candidate = name if number == 1 else f"{name}-{number}"
-        if candidate not in taken and not any(folder.glob(f"{candidate}.*")):
+        there = folder is not None and any(any(folder.glob(f"{candidate}{ending}.*")) for ending in endings)
+        if candidate not in taken and not there:
             taken.add(candidate)
             return candidate
         number += 1

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 from dit_accel.pipelines.extras import missing
 
 
-def show(table: Any) -> None:
-    """On a terminal as wide as it is; in a file or a pipe as wide as needed."""
+def show(table: Table, as_json: bool = False) -> None:
+    """In a file or a pipe as wide as needed, on a terminal as wide as it is; where that is too narrow, one row below another.
+
+    Columns that are not to be wrapped, such as paths, are never cut.
+
+    Args:
+        table: cells are texts in rich's markup.
+        as_json: a list with an object for every row in its place, for scripts.
+    """
+    columns = [(str(column.header), list(column.cells)) for column in table.columns]
+    rows = [
+        dict(zip([header for header, _ in columns], cells, strict=True)) for cells in zip(*(c for _, c in columns), strict=True)
+    ]
+    if as_json:
+        return typer.echo(json.dumps([{key: Text.from_markup(str(cell)).plain for key, cell in row.items()} for row in rows]))
     console = Console()
-    (console if console.is_terminal else Console(width=240)).print(table)
+    needed = Measurement.get(console, console.options.update(width=100_000), table)
+    if not console.is_terminal:
+        return Console(width=needed.maximum).print(table)
+    if needed.minimum <= console.width:
+        return console.print(table)
+    width = max(len(header) for header, _ in columns)
+    for row in rows:
+        for header, cell in row.items():
+            console.print(f"[bold]{header:{width}}[/]  {cell}", soft_wrap=True)
+        console.print()
+    if table.caption:
+        console.print(f"[italic]{table.caption}[/]")
 
 
 def err() -> Console:
@@ -41,7 +69,7 @@ def plain_errors(debug: bool = False, extra: str = "cli") -> Iterator[None]:
             raise
         from rich.markup import escape
 
-        err().print(f"[red]Error:[/] {escape(sentence(error, extra))}", highlight=False)
+        err().print(f"[red]Error:[/] {escape(sentence(error, extra))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -61,12 +89,33 @@ def sentence(error: Exception, extra: str) -> str:
 
 
 @contextmanager
-def usage() -> Iterator[None]:
-    """A ValueError in here is the fault of an option."""
+def usage(flags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """A ValueError in here, or a file that is not there, is the fault of an option.
+
+    `flags` are names that the message may have for options, and how the options are written.
+    """
     try:
         yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(spelled(str(error), flags or {})) from None
+
+
+def spelled(message: str, flags: Mapping[str, str]) -> str:
+    """A message with options as they are written on the command line.
+
+    Names with an underscore are replaced anywhere, others, which may be plain words, only where the message begins with them, as
+    in "full_steps, tolerance and when each say when a step is full".
+    """
+    if not flags:
+        return message
+    either = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
+    first = re.match(rf"(?:(?:{either})\b(?:, | and )?)*", message)
+    end = first.end() if first else 0
+
+    def replaced(match: re.Match[str]) -> str:
+        return flags[match[0]] if match.start() < end or "_" in match[0] else match[0]
+
+    return re.sub(rf"(?<![\w-])(?:{either})\b", replaced, message)
 
 
 def quiet() -> None:

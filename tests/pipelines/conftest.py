@@ -15,8 +15,9 @@ from dit_accel.pipelines.cli import app
 def run() -> Callable:
     """`run("generate", ...)` gives the result of the command: exit_code, stdout, stderr."""
 
-    def command(*arguments: object):
-        return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="dit-accel", env={"COLUMNS": "200"})
+    def command(*arguments: object, input: bytes | None = None):
+        words = [str(argument) for argument in arguments]
+        return CliRunner().invoke(app, words, input, prog_name="dit-accel", env={"COLUMNS": "200"})
 
     return command
 

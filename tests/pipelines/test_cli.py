@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +35,7 @@ def test_generate_writes_a_picture_with_its_settings(make, tmp_path, flux_path):
     result = make("red apple, 3d style", "--seed", 3, "--interval", 2, "--cache-ratio", 0.5, "--warmup-steps", 1)
     assert result.exit_code == 0, result.stderr
     out = tmp_path / "out"
-    assert names(out) == ["red-apple-3d-style-seed3.json", "red-apple-3d-style-seed3.png"]
+    assert names(out) == ["manifest.jsonl", "red-apple-3d-style-seed3.json", "red-apple-3d-style-seed3.png"]
     record = json.loads((out / "red-apple-3d-style-seed3.json").read_text())
     assert record["prompt"] == "red apple, 3d style" and record["seed"] == 3 and record["steps"] == 3
     assert (record["height"], record["width"]) == (64, 48)
@@ -71,10 +74,39 @@ def test_prompts_from_a_file_and_from_the_line(make, tmp_path):
 
 
 def test_nothing_is_overwritten(make, tmp_path):
-    for _ in range(2):
-        assert make("red", "red").exit_code == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/red-seed0-2-full.png").write_bytes(b"of another program")
+    assert make("red", "Red!", "--method", "none", "--steps", 1).exit_code == 0
+    assert make("red", "--compare", "--steps", 2).exit_code == 0
     pngs = [name for name in names(tmp_path / "out") if name.endswith(".png")]
-    assert pngs == ["red-seed0-2.png", "red-seed0-3.png", "red-seed0-4.png", "red-seed0.png"]
+    assert pngs == [
+        "red-seed0-2-full.png",
+        "red-seed0-2.png",
+        *(f"red-seed0-3{end}.png" for end in ("-compare", "-full", "")),
+        "red-seed0.png",
+    ]
+    assert (tmp_path / "out/red-seed0-2-full.png").read_bytes() == b"of another program"
+    lines = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines] == [f"red-seed0{end}.png" for end in ("", "-2", "-3", "-3-full", "-3-compare")]
+    for line in lines:
+        assert json.loads((tmp_path / "out" / line.pop("file")).with_suffix(".json").read_text()) == line
+
+
+def test_another_process_may_take_the_name_first(make, tmp_path, monkeypatch):
+    """Between looking for a free name and writing the file."""
+    free = job.unused
+
+    def late(folder, name, taken, endings=("",)):
+        found = free(folder, name, taken, endings)
+        if found == "red-seed0":
+            folder.mkdir(exist_ok=True)
+            (folder / "red-seed0.png").write_bytes(b"of another process")
+        return found
+
+    monkeypatch.setattr(job, "unused", late)
+    assert make("red", "--method", "none", "--steps", 1).exit_code == 0
+    assert (tmp_path / "out/red-seed0.png").read_bytes() == b"of another process"
+    assert Image.open(tmp_path / "out/red-seed0-2.png").text["prompt"] == "red"
 
 
 @pytest.mark.parametrize("family", ["flux", "pixart"])
@@ -132,8 +164,8 @@ def test_unknown_words_and_cut_prompts_are_reported(make):
     [
         ((), "Give at least one prompt"),
         (("",), "Give at least one prompt"),
-        (("red", "--interval", 0), "interval must be"),
-        (("red", "--cache-ratio", 1.5), "cache_ratio is"),
+        (("red", "--interval", 0), "--interval must be"),
+        (("red", "--cache-ratio", 1.5), "--cache-ratio must be"),
         (("red", "--selector", "best"), "There is no selector 'best'"),
         (
             ("red", "--method", "none", "--selector", "random"),
@@ -149,19 +181,19 @@ def test_unknown_words_and_cut_prompts_are_reported(make):
         (("red", *OUTPUT, "--full-steps", "0,x"), "'--full-steps': '0,x' is not a list of whole numbers, as in 0,1,2,5,9."),
         (("red", *OUTPUT, "--order", "1.5"), "'--order': '1.5' is not a list of whole numbers"),
         (("red", *OUTPUT, "--damping", ""), "'--damping': '' is not a list of numbers, as in 1,0.5."),
-        (("red", *OUTPUT, "--full-steps", "3,1"), "full_steps must be numbers of steps, from 0 and rising"),
+        (("red", *OUTPUT, "--full-steps", "3,1"), "--full-steps must be numbers of steps, from 0 and rising"),
         (("red", *OUTPUT, "--full-steps", "0,1", "--tolerance", 0.1), "give one of them"),
-        (("red", *OUTPUT, "--attention", "new"), "attention must be one of reuse, fresh"),
+        (("red", *OUTPUT, "--attention", "new"), "--attention must be one of reuse, fresh"),
         (("red", *OUTPUT, "--when", "mine"), "There is no rule 'mine'"),
-        (("red", "--method", "token-merge", "--merge-ratio", 0.8), "ratio is the share of image tokens"),
+        (("red", "--method", "token-merge", "--merge-ratio", 0.8), "--merge-ratio is the share of image tokens"),
         (("red", "--method", "none", "--compare"), "--compare needs a method other than none"),
         (("red", "--method", "none", "--preset", "fora"), "--preset needs --method token-cache"),
         (("red", "--preset", "best"), "There is no preset 'best'"),
-        (("red", "--fill", "guess"), "fill must be one of reuse, forecast"),
-        (("red", "--steps", 0), "steps must be at least 1"),
-        (("red", "--height", 63), "multiples of 8"),
-        (("red", "--dtype", "float8"), "dtype is 'float8'"),
-        (("red", "--offload", "model", "--device", "cpu"), "needs a GPU"),
+        (("red", "--fill", "guess"), "--fill must be one of reuse, forecast"),
+        (("red", "--steps", 0), "--steps must be at least 1"),
+        (("red", "--height", 63), "--height and --width must be multiples of 8"),
+        (("red", "--dtype", "float8"), "--dtype is 'float8'"),
+        (("red", "--offload", "model", "--device", "cpu"), "--offload 'model' needs a GPU"),
         (("red", "--method", "magic"), "magic"),
         (("red", "--bogus"), "No such option"),
     ],
@@ -173,20 +205,54 @@ def test_wrong_usage_is_exit_code_2(make, tmp_path, arguments, message):
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
 
-def test_what_goes_wrong_is_exit_code_1_and_one_sentence(run, make, tmp_path, monkeypatch):
-    for arguments in (("red", "--pipeline", "nothing"), ("red", "--pipeline", tmp_path), ("--prompts-file", tmp_path / "none.txt")):
-        result = run("generate", *arguments)
-        assert result.exit_code == 1
-        assert result.stderr.startswith("Error: ") and result.stderr.rstrip().endswith(".") and "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("red", "--pipeline", "emoji-flx"), "There is no pipeline 'emoji-flx'. Did you mean emoji-flux? Give one of"),
+        (("red", "--pipeline", "nothing"), "There is no pipeline 'nothing'. Give one of"),
+        (("red", "--pipeline", "."), "is not a pipeline in diffusers format"),
+        (("--prompts-file", "none.txt"), "There is no prompt set none.txt"),
+        (("--prompts-file", "empty.txt"), "empty.txt holds no prompt"),
+        (("--config", "none.png"), "There is no file none.png"),
+        (("--config", "plain.png"), "plain.png holds no settings"),
+        (("--config", "empty.txt"), "empty.txt holds no settings"),
+        (("red", "--selector-file", "none.py"), "--selector-file: there is no file none.py"),
+        (("red", "--output", "plain.png"), "plain.png cannot be the folder of pictures"),
+        (("red", "--output", "plain.png/in"), "plain.png is a file"),
+        (("red", "--output", "x" * 300), "cannot be the folder of pictures"),
+        (("\udcff",), "Give at least one prompt"),
+    ],
+)
+def test_names_that_are_wrong_are_found_before_anything_is_loaded(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    Image.new("RGB", (2, 2)).save(tmp_path / "plain.png")
+    result = run("generate", *arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.stderr
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+    assert names(tmp_path) == ["empty.txt", "plain.png"]
 
-    def fail(*_):
-        raise RuntimeError("the disk is full\nand more")
+
+def test_what_goes_wrong_is_exit_code_1_and_one_sentence(make, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("the roof is leaking\nand more")
 
     monkeypatch.setattr(job, "save", fail)
     result = make("red")
-    assert result.exit_code == 1 and "RuntimeError: the disk is full (--debug shows where)" in result.stderr
+    assert result.exit_code == 1 and "RuntimeError: the roof is leaking (--debug shows where)" in result.stderr
     debugged = make("red", "--debug")
     assert isinstance(debugged.exception, RuntimeError)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(make, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = make("red", "--method", "none")
+    assert result.exit_code == 1 and names(tmp_path / "out") == []
+    assert result.stderr == f"Error: {tmp_path / 'out/red-seed0.png'}: No space left on device.\n"
 
 
 def test_ctrl_c_keeps_whole_pictures_only(make, tmp_path, monkeypatch):
@@ -201,35 +267,36 @@ def test_ctrl_c_keeps_whole_pictures_only(make, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "denoise", interrupted)
     result = make("red apple", "blue tiger", "green teapot")
     assert result.exit_code == 130 and "Traceback" not in result.stderr
-    assert names(tmp_path / "out") == ["red-apple-seed0.json", "red-apple-seed0.png"]
+    assert names(tmp_path / "out") == ["manifest.jsonl", "red-apple-seed0.json", "red-apple-seed0.png"]
     Image.open(tmp_path / "out/red-apple-seed0.png").load()
 
 
 def test_demo(run, tmp_path, flux_path, pixart_path):
-    arguments = ("--prompt", "red apple", "--prompt", "blue tiger", "--height", 64, "--width", 64, "--output", tmp_path / "demo")
+    arguments = ("--prompt", "red apple!", "--prompt", "Red apple?", "--height", 64, "--width", 64, "--output", tmp_path / "demo")
     for _ in range(2):
         result = run("demo", "--pipeline", flux_path, "--pipeline", pixart_path, *arguments)
         assert result.exit_code == 0, result.stderr
     for text in ("pipeline", "prompt", "seconds full", "seconds cached", "speed-up", "PSNR", "picture"):
         assert text in result.stdout
-    assert result.stdout.count("red apple") == 2 and result.stdout.count("-compare.png") == 4
-    record = json.loads((tmp_path / "demo/tiny-pixart/blue-tiger-seed0.json").read_text())
+    assert result.stdout.lower().count("red apple") == 4 and result.stdout.count("-compare.png") == 4
+    record = json.loads((tmp_path / "demo/tiny-pixart/red-apple-seed0-2.json").read_text())
+    assert record["prompt"] == "Red apple?", "every prompt must have files of its own"
     assert (record["cache"]["interval"], record["cache"]["cache_ratio"]) == (4, 0.9)
-    assert len(names(tmp_path / "demo/tiny-flux")) == 12, "running it again must replace the pictures"
+    assert len(names(tmp_path / "demo/tiny-flux")) == 12 + 1, "running it again must replace the pictures"
 
 
 OPTIONS = {
     "cache": dict(
-        interval=2, cache_ratio=0.8, selector="drift", warmup_steps=2, interval_spread=0.1, ratio_schedule="toca", age_weight=0.5,
-        spatial_bonus=0.3, spatial_tile=2, query_share=0.5, text_tokens="reuse", share_guidance_selection=False, seed=3,
+        interval=2, cache_ratio=0.8, selector="attention", warmup_steps=2, interval_spread=0.1, ratio_schedule="toca",
+        age_weight=0.5, spatial_bonus=0.3, spatial_tile=2, query_share=0.5, text_tokens="reuse", share_guidance_selection=False, seed=3,
         fill="forecast", forecast_order=2, cache_dtype="bfloat16", cache_device="cpu",
     ),
     "merge": dict(
-        ratio=0.25, stride=[2, 1], randomize=False, merge_attention=True, merge_cross_attention=True, merge_mlp=True,
+        ratio=0.25, stride=[2, 1], randomize=True, merge_attention=True, merge_cross_attention=True, merge_mlp=True,
         rematch_every=[3, 2], warmup_steps=1, keep_queries=True, proportional_attention=True, seed=4,
     ),
     "output": dict(
-        full_steps=[0, 2], interval=2, warmup_steps=2, guidance_steps=[0, 2], how="taylor", order=[1, 2], guidance_order=1,
+        full_steps=[0, 2], warmup_steps=2, guidance_steps=[0, 2], how="taylor", order=[1, 2], guidance_order=1,
         damping=[0.5, 1.0], compute_ratio=0.3, selector="stratified", attention="fresh", seed=5,
     ),
 }  # fmt: skip
@@ -254,7 +321,9 @@ def words(section: str, values: dict) -> list[object]:
 def test_every_setting_can_be_given(make, tmp_path, flux_path, pixart_path, section):
     """Every field of every configuration is an option, but for those that the pipeline or another option takes the place of."""
     fields = {field.name for field in dataclasses.fields(methods.SECTIONS[section])}
-    assert fields - set(OPTIONS[section]) == {"cache": {"steps"}, "merge": set(), "output": {"tolerance", "when"}}[section]
+    assert (
+        fields - set(OPTIONS[section]) == {"cache": {"steps"}, "merge": set(), "output": {"interval", "tolerance", "when"}}[section]
+    )
     given = words(section, OPTIONS[section])
     result = make("red", *given, pipeline=pixart_path if section == "merge" else flux_path)
     assert result.exit_code == 0, result.stderr
@@ -326,6 +395,84 @@ def test_presets_and_selectors_from_a_file(make, tmp_path):
     assert json.loads((tmp_path / "out/red-seed0-2.json").read_text())["cache"]["selector"] == name
 
 
+def test_a_picture_is_made_again_from_its_settings(make, run, tmp_path, pixart_path):
+    """All of them from the PNG or the JSON file, each changed by an option that is given as well."""
+    out = tmp_path / "out"
+    methods = (
+        ("--interval", 2, "--cache-ratio", 0.5, "--fill", "forecast", "--no-share-guidance-selection", "--seed", 3),
+        (*OUTPUT, "--full-steps", "0,2", "--damping", 0.5),
+        ("--method", "token-cache+token-merge", "--merge-stride", 2, 1, "--rematch-every", 3, 2, "--merge-keys-only"),
+    )
+    for given, suffix in zip(methods, (".png", ".json", ".png"), strict=True):
+        result = make("3 red", "--guidance", 2, *given, "--json", pipeline=pixart_path)
+        assert result.exit_code == 0, result.stderr
+        first = json.loads(result.stdout)
+        path = Path(first.pop("picture"))
+        again = run("generate", "--config", path.with_suffix(suffix), "--output", out, "--json")
+        assert again.exit_code == 0, again.stderr
+        second = json.loads(again.stdout)
+        assert np.array_equal(pixels(path), pixels(second.pop("picture")))
+        measured = {"seconds", "denoising_seconds", "saved_seconds_estimate"}
+        assert {k: v for k, v in first.items() if k not in measured} == {k: v for k, v in second.items() if k not in measured}
+    other = run("generate", "--config", path, "--output", out, "--json", "blue", "--seed", 5, "--method", "none")
+    record = json.loads(other.stdout)
+    assert (record["prompt"], record["seed"], record["method"], record["merge"]) == ("blue", 5, "none", None)
+    changed = first | {"cache": {"intervall": 3}}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    result = run("generate", "--config", tmp_path / "changed.json")
+    assert result.exit_code == 2 and "changed.json cannot be made again" in " ".join(result.stderr.split())
+
+
+def test_a_line_about_every_picture(make, tmp_path):
+    result = make("red", "blue", "--interval", 2)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("Warning")]
+    for line, name in zip(lines, ("red", "blue"), strict=True):
+        path = re.escape(str(tmp_path / f"out/{name}-seed0.png"))
+        assert re.fullmatch(path + r": [0-9.]+ s, about [0-9.]+ s (saved|lost), 1\.\d\d times fewer FLOPs, cache \d+\.\d MiB", line)
+    plain = make("green", "--method", "none")
+    assert re.fullmatch(r"\S+green-seed0.png: [0-9.]+ s\n", plain.stderr)
+
+
+def test_prompts_from_standard_input_and_tables(run, flux_path, tmp_path):
+    (tmp_path / "a.csv").write_bytes("id,prompt\r\n1,blue\r\n".encode("utf-16"))
+    small = ("--pipeline", flux_path, "--height", 64, "--width", 48, "--steps", 1, "--output", tmp_path, "--json")
+    for file, given, prompt in (("-", b"\xef\xbb\xbf# one\r\nred\r\n", "red"), (tmp_path / "a.csv", None, "blue")):
+        result = run("generate", "--prompts-file", file, "--method", "none", *small, input=given)
+        assert result.exit_code == 0 and json.loads(result.stdout)["prompt"] == prompt
+
+
+def test_doubts_are_warnings(make, pixart_path):
+    """The tiny FLUX has no embedding of guidance, as models have that were made for four steps."""
+    warned = " ".join(make("red", "--interval", 9).stderr.split())
+    assert "Warning: This model was made for 4 steps or fewer" in warned
+    assert "Warning: --interval 9 is longer than the run of 3 steps" in warned
+    warned = " ".join(make("red", "--preset", "toca-flux", pipeline=pixart_path).stderr.split())
+    assert "Warning: The preset toca-flux was published for another family; toca-pixart is that of PixArt." in warned
+    assert "4 steps" not in warned
+
+
+def test_a_method_that_the_pipeline_does_not_take_is_wrong_usage(make, tmp_path):
+    result = make("red", "--selector", "cross-entropy")
+    assert result.exit_code == 2 and "selector 'cross-entropy' needs entropy" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["dit_accel.pipelines", "dit_accel.pipelines.cli"])
+def test_letters_that_the_output_lacks_are_replaced(module):
+    """As those of a file on Windows; `families` has lines of a box around words with accents nowhere, so one is put there."""
+    code = f"""
+import runpy, sys
+from dit_accel.pipelines import catalog
+catalog.CATALOG["x"] = catalog.Entry("\u7ea2\u82f9\u679c", "FluxPipeline", "", 1, 1.0, 8, 8)
+sys.argv = ["dit-accel", "pipelines"]
+runpy.run_module({module!r}, run_name="__main__")
+"""
+    env = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert b"???" in done.stdout and b"emoji-flux" in done.stdout
+
+
 def test_lists(run):
     from dit_accel.pipelines.catalog import CATALOG
 
@@ -334,6 +481,8 @@ def test_lists(run):
     result = run("selectors")
     assert result.exit_code == 0
     assert all(name in result.stdout and about in result.stdout for name, about in dit_accel.selectors().items())
+    listed = {row["name"]: row["chooses"] for row in json.loads(run("selectors", "--json").stdout)}
+    assert listed == dit_accel.selectors()
 
 
 def test_help_and_version_do_not_wait_for_torch():

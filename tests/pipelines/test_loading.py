@@ -144,3 +144,15 @@ def test_catalog_finds_names_and_folders():
         else:
             assert entry.source == name
     assert catalog.find("owner/name") is None
+
+
+def test_aliases_and_near_misses():
+    assert catalog.find("flux-dev") is catalog.CATALOG["black-forest-labs/FLUX.1-dev"]
+    assert catalog.find("flux-schnell").steps == 4 and catalog.find("pixart-sigma").pipeline_class == "PixArtSigmaPipeline"
+    assert catalog.find("") is None
+    for typed, meant in (("emoji-flx", "emoji-flux"), ("Emoji-Flux", "emoji-flux"), ("flux-def", "flux-dev")):
+        assert catalog.suggestion(typed) == f" Did you mean {meant}?"
+    assert catalog.suggestion("black-forest-labs/FLUX.1-dv") == " Did you mean black-forest-labs/FLUX.1-dev?"
+    assert catalog.suggestion("nothing") == catalog.suggestion("owner/name") == ""
+    with pytest.raises(loading.NoSuchPipeline, match="Did you mean emoji-pixart"):
+        load("emoji-pixar")
