@@ -58,6 +58,7 @@ HELD_OUT_SHARE = 0.08  # of the (concept, style) pairs; a concept loses at most 
 HELD_OUT_TOGETHER = 0.08  # of the pairs of concepts, which are then never seen in one picture
 TWO, NAMED, TWO_TONE = 0.3, 0.5, 0.2  # shares: scenes of two, with a named background, and of these with two colors
 GRID = 8  # pixels of a token
+SIDES = (24, 32, 48, 64, 96, 128, 192)  # of subjects, the longer one, in pixels
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Concept:
     code: str
     name: str
     aliases: tuple[str, ...]
+    drawn: bool = True  # by the generators; the judge and the reward know the others too
 
 
 @dataclass(frozen=True)
@@ -78,25 +80,32 @@ class Scene:
 
 
 @cache
-def concepts(path: Path = HERE / "concepts.txt") -> tuple[Concept, ...]:
+def known(path: Path = HERE / "concepts.txt") -> tuple[Concept, ...]:
+    """What the judge and the reward tell apart."""
     rows = []
     for line in path.read_text().splitlines():
         if line and not line.startswith("#"):
-            code, names = line.split(" ", 1)
+            code, names = line.removeprefix("- ").split(" ", 1)
             name, *aliases = [part.strip() for part in names.split("|")]
-            rows.append(Concept(code, name, tuple(aliases)))
+            rows.append(Concept(code, name, tuple(aliases), drawn=not line.startswith("-")))
     return tuple(rows)
+
+
+@cache
+def concepts() -> tuple[Concept, ...]:
+    """What the generators draw."""
+    return tuple(concept for concept in known() if concept.drawn)
 
 
 @cache
 def pairs() -> tuple[list[tuple[Concept, str]], list[tuple[Concept, str]]]:
     """(concept, style) pairs to train on, and those held out to see whether style and concept compose."""
-    everything = concepts()
+    everything = known()
     held = set()
     for index in random.Random(0).sample(range(len(everything)), round(HELD_OUT_SHARE * 3 * len(everything))):
         held.add((everything[index].code, list(STYLES)[index % 3]))
     train, out = [], []
-    for concept in everything:
+    for concept in concepts():
         for style in STYLES:
             (out if (concept.code, style) in held else train).append((concept, style))
     return train, out
@@ -156,8 +165,8 @@ def compose(scene: Scene, height: int, width: int, rng: random.Random) -> tuple[
     is one of STYLES, or the name of any set.
 
     One subject takes 45 to 95 % of the shorter side, anywhere. Two have half of the picture each, left and right or upper and
-    lower, and take 60 to 95 % of what fits there. Sizes and places are whole tokens: a drawing then is made of the same few
-    tokens wherever it lies, which a small model learns in a fraction of the time.
+    lower, and take 60 to 95 % of what fits there. Sizes are some of SIDES and places are whole tokens: a drawing then is made of
+    the same few tokens wherever it lies, which a small model learns in a fraction of the time.
     """
     canvas = ground(scene.background, height, width, rng)
     areas = [(0, 0, height, width)]
@@ -171,8 +180,8 @@ def compose(scene: Scene, height: int, width: int, rng: random.Random) -> tuple[
     for concept, (top, left, tall, wide) in zip(scene.subjects, areas, strict=True):
         drawing = drawings()[STYLES.get(scene.style, scene.style)][concept.code]
         longest = max(drawing.shape[1:])
-        fits, least = min(tall, wide), 0.45 if len(areas) == 1 else 0.6
-        side = rng.choice([n for n in range(GRID, fits, GRID) if least * fits <= n <= 0.95 * fits])
+        fits, least = min(tall, wide), 0.6 if scene.relation else 0.45
+        side = rng.choice([n for n in SIDES if least * fits <= n <= 0.95 * fits])
         h, w = (max(1, round(side * n / longest)) for n in drawing.shape[1:])
         small = F.interpolate(drawing[None], size=(h, w), mode="bilinear", antialias=True, align_corners=False)[0]
         if rng.random() < 0.5:

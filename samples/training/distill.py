@@ -12,20 +12,19 @@ format.
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
-from rich.progress import Progress, TimeElapsedColumn
 
-from common import load_checkpoint, save_checkpoint, sheet
-from data import WORK, pairs, scene, scene_caption, scene_prompt
+from common import sheet
+from data import WORK, pairs, scene, scene_prompt
 from generate import open_pipeline
+from loop import Scenes, run
 from text import LENGTH
-from train import DROPOUT, SIZES, Flux, Scenes, learning_rate, sample, save_pipeline
+from train import Flux, sample, save_pipeline
 
 GUIDANCE = (1.0, 6.0)
 
@@ -66,9 +65,9 @@ def distillation_loss(
 
 def main(
     teacher: Path = typer.Option(None, help="Folder of the finished pipeline [default: the averaged weights of train.py flux]"),
-    samples: int = typer.Option(60_000, help="Pictures seen."),
-    batch: int = typer.Option(32, help="Pictures of 128 px at a time; twice as many of small ones."),
-    lr: float = typer.Option(3e-4),
+    steps: int = typer.Option(6_000),
+    tokens: int = typer.Option(1024, help="Image tokens a step: four pictures of 128 px, or sixteen of 64 px."),
+    lr: float = typer.Option(2e-4),
     scenes: int = typer.Option(30_000, help="Different scenes of each size, as in train.py."),
     threads: int = typer.Option(torch.get_num_threads()),
     bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a CPU with AMX or AVX512-BF16, slower on an old one."),
@@ -83,55 +82,24 @@ def main(
     typer.echo(f"teacher: {name}")
     model = student_of(pipe)
     vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
-    pool = Scenes(vae, scenes)
-    parameters = list(model.transformer.requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
-    average = [p.detach().clone() for p in parameters]
-    path, done, step, spent = WORK / "distilled.pt", 0, 0, 0.0
-    if state := load_checkpoint(path):
-        model.transformer.load_state_dict(state["transformer"])
-        optimizer.load_state_dict(state["optimizer"])
-        average = state["average"]
-        done, step, spent = state["done"], state["step"], state["spent"]
+    model.transformer.requires_grad_(True)
     rng = random.Random(1)
     shown = [scene_prompt(scene(rng, pairs()[0])) for _ in range(18)]
-
-    def swap_average() -> None:
-        for p, a in zip(parameters, average, strict=True):
-            p.data, a.data = a.data, p.data
-
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), "{task.fields[note]}") as progress:
-        bar = progress.add_task("distill", total=samples, completed=done, note="")
-        clock = time.monotonic()
-        saved, running = clock, 0.0
-        while done < samples:
-            generator, rng = torch.Generator().manual_seed(step), random.Random(f"distill {step}")
-            size = rng.choices(*SIZES["large"])[0]
-            count = batch if size[0] * size[1] > 96 * 96 else 2 * batch
-            latents, rows = pool([rng.randrange(scenes) for _ in range(count)], size)
-            captions = ["" if rng.random() < DROPOUT else scene_caption(row, rng) for row in rows]
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = distillation_loss(pipe.transformer, model, latents, captions, generator)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.param_groups[0]["lr"] = lr * learning_rate(done, samples)
-            optimizer.step()
-            optimizer.zero_grad()
-            step, done = step + 1, done + count
-            torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.999, step / (step + 10)))
-            running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
-            progress.update(bar, completed=done, note=f"{size[0]} x {size[1]} px, loss {running:.4f}")
-            if (now := time.monotonic()) - saved > checkpoint_minutes * 60 or done >= samples:
-                state = {"transformer": model.transformer.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
-                save_checkpoint(path, **state, done=done, step=step, spent=spent + now - clock)
-                swap_average()
-                sheet(sample(model, vae, shown, (128, 128)), 6, WORK / f"sheets/distilled-{done:07d}.png")
-                swap_average()
-                progress.console.print(f"distill: {done} pictures, {(spent + now - clock) / 60:.0f} minutes, loss {running:.4f}")
-                saved = time.monotonic()
-    swap_average()
+    said = run(
+        "distill",
+        WORK / "distilled.pt",
+        model,
+        lambda latents, layouts, captions, generator: distillation_loss(pipe.transformer, model, latents, captions, generator),
+        lambda path: sheet(sample(model, vae, shown, (128, 128)), 6, path),
+        Scenes(vae, scenes),
+        steps=steps,
+        tokens=tokens,
+        lr=lr,
+        bf16=bf16,
+        checkpoint_minutes=checkpoint_minutes,
+    )
     save_pipeline(model.eval().pipeline(vae), out)
-    typer.echo(f"distill: {done} samples, {(spent + time.monotonic() - clock) / 60:.0f} minutes, saved to {out}")
+    typer.echo(f"{said}, saved to {out}")
 
 
 if __name__ == "__main__":

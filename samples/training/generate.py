@@ -36,16 +36,16 @@ def pair_scenes(count: int, held: bool) -> list[Scene]:
 
 
 def from_checkpoint(family: str, dtype: torch.dtype = torch.float32) -> tuple[DiffusionPipeline, int]:
-    """The pipeline of the averaged weights so far, and how many pictures they have seen."""
+    """The pipeline of the averaged weights so far, and after how many steps."""
     path = WORK / f"emoji-{family}.pt"
     state = load_checkpoint(path)
     if state is None:
         raise SystemExit(f"There is no {path}: start train.py {family} first.")
     model = FAMILIES[family]()
-    for p, average in zip(model.parameters(), state["average"], strict=True):
+    for p, average in zip(model.parameters(), state["average"], strict=False):  # the training's own head comes last
         p.data.copy_(average)
     vae = AutoencoderTiny.from_pretrained(WORK / "vae-cured", dtype=dtype)
-    return model.eval().to(dtype).pipeline(vae), state["done"]
+    return model.eval().to(dtype).pipeline(vae), state["step"]
 
 
 def open_pipeline(folder: Path | None, checkpoint: str | None, dtype: torch.dtype = torch.float32) -> tuple[DiffusionPipeline, str]:
@@ -54,7 +54,7 @@ def open_pipeline(folder: Path | None, checkpoint: str | None, dtype: torch.dtyp
         raise typer.BadParameter("Give either a pipeline folder or --checkpoint flux or --checkpoint pixart.")
     if checkpoint:
         pipe, done = from_checkpoint(checkpoint, dtype)
-        name = f"{checkpoint} after {done} pictures"
+        name = f"{checkpoint} after {done} steps"
     else:
         pipe, name = DiffusionPipeline.from_pretrained(folder, dtype=dtype), folder.name
     pipe.set_progress_bar_config(disable=True)

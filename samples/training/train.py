@@ -7,18 +7,15 @@ Needs the drawings of prepare.py and the autoencoder of border.py. --start takes
 word where the vocabulary has changed; without it a training begins from random weights, and PixArt with the T5 that FLUX has
 trained: its only way to the text, cross-attention, finds none to speak of in a T5 that knows nothing yet.
 
-The first part sees small pictures, the second one mostly 128 px. Scenes are encoded once and kept on disk for both families. A
-checkpoint every few minutes; the same command goes on where it stopped, and --samples-large may be raised to go on after the end.
-Writes the finished pipeline in diffusers format.
+Scenes are encoded once and kept on disk for both families. A checkpoint every few minutes; the same command goes on where it
+stopped, and --steps may be raised to go on after the end. Writes the finished pipeline in diffusers format.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
@@ -31,19 +28,21 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
-from rich.progress import Progress, TimeElapsedColumn
 from transformers import T5EncoderModel
 
-from common import clean_config, copy_card, load_checkpoint, save_checkpoint, sheet
-from data import WORK, Scene, compose, pairs, scene, scene_caption, scene_prompt
+from common import clean_config, copy_card, sheet
+from data import WORK, pairs, scene, scene_prompt
+from loop import Scenes, run
 from text import LENGTH, WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 
-DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
-SIZES = {  # of pictures, height and width in pixels, and how often each comes; the first part of a training and the second
-    "small": ([(64, 64), (64, 96), (96, 64), (96, 96)], [6, 1, 1, 3]),
-    "large": ([(128, 128), (128, 96), (96, 128), (128, 64), (96, 96), (64, 64)], [12, 1, 1, 1, 2, 2]),
-}
+WAVES = (0.5, 1, 2)  # over a subject's height and width
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # PixArt's
+
+
+def at_times(t: torch.Tensor) -> torch.Tensor:
+    """Weight of the loss at times 0 to 1. At both ends, gradients scatter three to four times as much from picture to picture as in
+    between (measured at half of the training), and drown what is learned there, which is shapes."""
+    return 4 * t * (1 - t)
 
 
 class Flux(torch.nn.Module):
@@ -68,6 +67,10 @@ class Flux(torch.nn.Module):
             axes_dims_rope=(16, 24, 24),
         )
 
+    @property
+    def middle(self) -> torch.nn.Module:
+        return self.transformer.single_transformer_blocks[1]
+
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         settings = dict(padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
         pooled = self.text_encoder(self.tokenizer(captions, **settings).input_ids).pooler_output
@@ -81,7 +84,7 @@ class Flux(torch.nn.Module):
         noisy = torch.lerp(x, noise, t[:, None, None])
         ids = FluxPipeline._prepare_latent_image_ids(1, latents.shape[2] // 2, latents.shape[3] // 2, "cpu", torch.float32)
         output = self.transformer(noisy, text, pooled, t, img_ids=ids, txt_ids=torch.zeros(LENGTH, 3), return_dict=False)[0]
-        return F.mse_loss(output, noise - x)
+        return (at_times(t) * (output - noise + x).square().mean((1, 2))).mean()
 
     def pipeline(self, vae: AutoencoderTiny) -> FluxPipeline:
         return FluxPipeline(
@@ -123,6 +126,10 @@ class PixArt(torch.nn.Module):
         self.alphas = DPMSolverMultistepScheduler(**BETAS).alphas_cumprod
         self.levels = ((1 - self.alphas) / self.alphas).sqrt()  # noise per picture, rising
 
+    @property
+    def middle(self) -> torch.nn.Module:
+        return self.transformer.transformer_blocks[3]
+
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0], tokens.attention_mask
@@ -141,7 +148,8 @@ class PixArt(torch.nn.Module):
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-        return F.mse_loss(output, alpha.sqrt() * noise - (1 - alpha).sqrt() * latents)
+        error = output - alpha.sqrt() * noise + (1 - alpha).sqrt() * latents
+        return (at_times(wanted / (1 + wanted)) * error.square().mean((1, 2, 3))).mean()
 
     def pipeline(self, vae: AutoencoderTiny) -> PixArtSigmaPipeline:
         scheduler = DPMSolverMultistepScheduler(**BETAS, prediction_type="v_prediction")
@@ -185,42 +193,6 @@ def sample(model: Flux | PixArt, vae: AutoencoderTiny, prompts: list[str], size:
     return images * 2 - 1
 
 
-class Scenes:
-    """The training's scenes: the n-th one of a size is always the same, and is composed and encoded when it is first asked for.
-
-    Latents are kept in float16 in files beside the checkpoints, so that the other family and a resumed training find them there.
-    """
-
-    def __init__(self, vae: AutoencoderTiny, count: int, folder: Path = WORK / "scenes") -> None:
-        self.vae, self.count, self.folder, self.rows = vae, count, folder, pairs()[0]
-        self.files: dict[tuple[int, int], tuple[np.memmap, np.memmap]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def open(self, size: tuple[int, int]) -> tuple[np.memmap, np.memmap]:
-        if size not in self.files:
-            shape = (self.count, self.vae.config.latent_channels, size[0] // 4, size[1] // 4)
-            arrays = []
-            for kind, dtype, extent in (("latents", np.float16, shape), ("made", np.bool_, shape[:1])):
-                path = self.folder / f"{size[0]}x{size[1]}-{self.count}.{kind}"
-                arrays.append(np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=extent))
-            self.files[size] = arrays[0], arrays[1]
-        return self.files[size]
-
-    def __call__(self, places: list[int], size: tuple[int, int]) -> tuple[torch.Tensor, list[Scene]]:
-        """Latents [n, 8, height / 4, width / 4] of the scenes at these places, and what they show."""
-        latents, made = self.open(size)
-        generators = [random.Random(f"{size} {place}") for place in places]
-        scenes = [scene(rng, self.rows) for rng in generators]
-        if new := [i for i, place in enumerate(places) if not made[place]]:
-            images = torch.stack([compose(scenes[i], *size, generators[i])[0] for i in new])
-            with torch.no_grad():
-                encoded = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latents
-            where = [places[i] for i in new]
-            latents[where] = encoded.half().numpy()
-            made[where] = True
-        return torch.from_numpy(latents[places]).float(), scenes
-
-
 def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> None:
     """In diffusers format, with its model card; the transformer in bfloat16, which halves the folder."""
     pipe.transformer.to(torch.bfloat16)
@@ -233,17 +205,45 @@ def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> Non
     copy_card(folder)
 
 
-def learning_rate(done: float, total: float) -> float:
-    """Share of the peak: constant after a short rise, then falling in a line to a fiftieth over the last quarter."""
-    return min(1.0, done / 1600, 0.02 + 0.98 * (total - done) / (0.25 * total))
+class Learner(torch.nn.Module):
+    """A model, and a head on the middle of its transformer that tells which part of which subject a token shows.
+
+    The denoising loss alone teaches that too, slowly: what a token shows follows from the caption and from where in its subject it
+    lies. Aligning the middle of the transformer with what is known about the picture is REPA's idea (Yu et al., ICLR 2025); there
+    it is a pretrained encoder's features, here what the scene was composed of. The head does not ship.
+    """
+
+    def __init__(self, model: Flux | PixArt, weight: float) -> None:
+        super().__init__()
+        self.model, self.weight = model, weight
+        self.head = torch.nn.Linear(256, 3 + 4 * len(WAVES))
+        self.seen: torch.Tensor | None = None
+        model.middle.register_forward_hook(self.see)
+
+    def see(self, block: torch.nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
+        """A single block of FLUX returns text and picture, a block of PixArt the picture."""
+        self.seen = output[1] if isinstance(output, tuple) else output
+
+    def loss(self, latents: torch.Tensor, layouts: torch.Tensor, captions: list[str], generator: torch.Generator) -> torch.Tensor:
+        """The model's own loss, and the head's: cross-entropy of the subject, squared error of its size and of which part of it the
+        token shows, as sines and cosines: what maps a place to a color learns fine structure from these alone."""
+        loss = self.model.loss(latents, captions, generator)
+        if not self.weight:
+            return loss
+        told, layout = self.head(self.seen).float(), layouts.flatten(2).transpose(1, 2)
+        subjects, inside = layout[..., :2], layout[..., :2].amax(-1, keepdim=True)
+        turns = torch.cat([2 * torch.pi * wave * layout[..., 2:4] for wave in WAVES], -1)
+        parts = torch.cat([layout[..., 4:], turns.sin(), turns.cos()], -1)
+        missed = (inside * (told[..., 2:] - parts) ** 2).sum() / inside.sum().clamp(min=1) / parts.shape[-1]
+        return loss + self.weight * (F.binary_cross_entropy_with_logits(told[..., :2], subjects) + missed)
 
 
 def main(
     family: str = typer.Argument(help="flux or pixart"),
-    samples_small: int = typer.Option(200_000, help="Pictures seen in the first part, of 64 to 96 px."),
-    samples_large: int = typer.Option(150_000, help="Pictures seen after that, most of them of 128 px."),
-    batch: int = typer.Option(32, help="Pictures of 128 px at a time; twice as many of small ones."),
-    lr: float = typer.Option(8e-4),
+    steps: int = typer.Option(40_000, help="Steps in all; the learning rate falls over the last quarter of them."),
+    tokens: int = typer.Option(1024, help="Image tokens a step: four pictures of 128 px, or sixteen of 64 px."),
+    lr: float = typer.Option(4e-4),
+    layout: float = typer.Option(0.1, help="Weight of the loss that tells tokens which part of which subject they show."),
     scenes: int = typer.Option(30_000, help="Different scenes of each size."),
     threads: int = typer.Option(torch.get_num_threads(), help="CPU threads; two trainings side by side want one each."),
     bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a CPU with AMX or AVX512-BF16, slower on an old one."),
@@ -263,64 +263,19 @@ def main(
     elif family == "pixart":
         model.text_encoder.load_state_dict(T5EncoderModel.from_pretrained(t5_path).state_dict())
     vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
-    pool = Scenes(vae, scenes)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
-    average = [p.detach().clone() for p in parameters]
-    path, done, step, spent = out.with_suffix(".pt"), 0, 0, 0.0
-    if state := load_checkpoint(path):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for a, b in zip(average, state["average"], strict=True):
-            a.copy_(b)
-        done, step, spent = state["done"], state["step"], state["spent"]
-    total = samples_small + samples_large
     rng = random.Random(1)
-    shown = [scene(rng, pairs()[0]) for _ in range(18)]
+    shown = [scene_prompt(scene(rng, pairs()[0])) for _ in range(18)]
 
-    def swap_average() -> None:
-        for p, a in zip(parameters, average, strict=True):
-            p.data, a.data = a.data, p.data
-
-    def write_sheet() -> None:
-        swap_average()
+    def show(path: Path) -> None:
         model.eval()
-        pages = sample(model, vae, [scene_prompt(s) for s in shown], (96, 96) if done < samples_small else (128, 128))
-        sheet(pages, 6, out.parent / f"sheets/{family}-{done:07d}.png")
+        sheet(sample(model, vae, shown, (128, 128)), 6, path)
         model.train()
-        swap_average()
 
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), "{task.fields[note]}") as progress:
-        bar = progress.add_task(family, total=total, completed=done, note="")
-        clock = time.monotonic()
-        saved, running = clock, 0.0
-        while done < total:
-            generator, rng = torch.Generator().manual_seed(step), random.Random(step)
-            sizes, shares = SIZES["small" if done < samples_small else "large"]
-            size = rng.choices(sizes, shares)[0]
-            count = batch if size[0] * size[1] > 96 * 96 else 2 * batch
-            latents, rows = pool([rng.randrange(scenes) for _ in range(count)], size)
-            captions = ["" if rng.random() < DROPOUT else scene_caption(row, rng) for row in rows]
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = model.loss(latents, captions, generator)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.param_groups[0]["lr"] = lr * learning_rate(done, total)
-            optimizer.step()
-            optimizer.zero_grad()
-            step, done = step + 1, done + count
-            torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.999, step / (step + 10)))
-            running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
-            progress.update(bar, completed=done, note=f"{size[0]} x {size[1]} px, loss {running:.4f}")
-            if (now := time.monotonic()) - saved > checkpoint_minutes * 60 or done >= total:
-                state = {"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
-                save_checkpoint(path, **state, done=done, step=step, spent=spent + now - clock)
-                write_sheet()
-                progress.console.print(f"{family}: {done} pictures, {(spent + now - clock) / 60:.0f} minutes, loss {running:.4f}")
-                saved = time.monotonic()
-    swap_average()
+    learner = Learner(model, layout)
+    settings = {"steps": steps, "tokens": tokens, "lr": lr, "bf16": bf16, "checkpoint_minutes": checkpoint_minutes}
+    said = run(family, out.with_suffix(".pt"), learner, learner.loss, show, Scenes(vae, scenes), **settings)
     save_pipeline(model.eval().pipeline(vae), out)
-    typer.echo(f"{family}: {done} samples, {(spent + time.monotonic() - clock) / 60:.0f} minutes, saved to {out}")
+    typer.echo(f"{said}, saved to {out}")
 
 
 if __name__ == "__main__":

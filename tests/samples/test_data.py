@@ -11,7 +11,20 @@ import torch
 from safetensors.torch import save_file
 
 import data
-from data import BACKGROUNDS, RELATIONS, STYLE_PHRASES, STYLES, Scene, compose, concepts, held_together, pairs, scene, scene_caption
+from data import (
+    BACKGROUNDS,
+    RELATIONS,
+    STYLE_PHRASES,
+    STYLES,
+    Scene,
+    compose,
+    concepts,
+    held_together,
+    known,
+    pairs,
+    scene,
+    scene_caption,
+)
 
 BLOBS = [(255, 0, 255), (0, 255, 255), (0, 255, 0)]  # of the first concepts: far from every background
 
@@ -110,6 +123,41 @@ def test_training_never_shows_what_is_held_out():
     both_ways = [(a, b) for a in concepts() for b in concepts() if a != b]
     assert all(held_together(a, b) == held_together(b, a) for a, b in both_ways)
     assert 0.06 < sum(held_together(a, b) for a, b in both_ways) / len(both_ways) < 0.1
+
+
+def test_the_generators_draw_a_part_of_what_the_judge_knows():
+    assert len(known()) == 110 and 60 <= len(concepts()) < 110
+    assert set(concepts()) < set(known()) and not any(concept.drawn for concept in set(known()) - set(concepts()))
+    assert known()[0].code == "1f347" and known()[0].name == "grapes"
+    assert all(concept in concepts() for part in pairs() for concept, _ in part)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (96, 96)])
+def test_a_layout_tells_which_part_of_which_subject_a_token_shows(blobs, size):
+    """Each blob is known by its color, and its red spot lies in a known part of it."""
+    from loop import layout_of
+
+    for i in range(20):
+        made = Scene(tuple(random.Random(i).sample(blobs, 2)), "3d", RELATIONS[i % 4])
+        image, boxes = compose(made, *size, random.Random(i))
+        layout = layout_of(boxes, size)
+        assert layout.shape == (5, size[0] // 8, size[1] // 8)
+        for row in range(size[0] // 8):
+            for column in range(size[1] // 8):
+                y, x = 8 * row + 4, 8 * column + 4
+                token = layout[:, row, column]
+                inside = [top < y < top + h and left < x < left + w for top, left, h, w in boxes]
+                assert token[:2].tolist() == inside
+                if not any(inside):
+                    assert not token.any()
+                    continue
+                top, left, h, w = boxes[inside.index(True)]
+                assert token[2:].tolist() == pytest.approx([(y - top) / h, (x - left) / w, max(h, w) / 128])
+                color = ((image[:, y, x] + 1) * 127.5).tolist()
+                own = BLOBS[blobs.index(made.subjects[inside.index(True)])]
+                spot = 0.3 < token[2] < 0.45 and (0.14 < token[3] < 0.23 or 0.77 < token[3] < 0.86)
+                if not spot and not (0.2 < token[2] < 0.55):  # well away from the red spot and its edge
+                    assert color == pytest.approx(own, abs=30)
 
 
 def caption_pattern(made: Scene) -> str:
