@@ -85,7 +85,7 @@ def position_bias(share: np.ndarray) -> tuple[float, float]:
     """Pearson correlations of share [H, W] with the row and with the column."""
     rows, columns = np.indices(share.shape)
 
-    def correlation(position: np.ndarray) -> float:
+    def correlation(position: Any) -> float:
         if share.std() < 1e-12 or position.std() == 0:
             return 0.0
         return float(np.corrcoef(share.ravel(), position.ravel())[0, 1])

@@ -20,6 +20,7 @@ from dit_accel.pipelines.methods import Config, describe, parts, settings_of
 from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
 from dit_accel.pipelines.progress import denoising
 from dit_accel.pipelines.prompts import cut_text, unknown_words
+from dit_accel.pipelines.terminal import warn
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Job:
                     f"{prompt!r} is longer than {self.settings.max_sequence_length} tokens; {self.name} does not see {cut!r}."
                 )
         for sentence in said:
-            self.log.print(f"[yellow]Warning:[/] {escape(sentence)}", highlight=False)
+            warn(self.log, sentence)
 
     def generate(self) -> Table:
         """One file a picture; the table says which."""

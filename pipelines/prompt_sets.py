@@ -23,6 +23,12 @@ MARKS = (  # the mark of UTF-32 begins with that of UTF-16
 FIELD = re.compile(r'("(?:[^"]|"")*"|[^"\t\n][^\t\n]*|)(?:[\t\n]|$)')  # of a table with tabs, perhaps in quotation marks
 
 
+class PlainTabs(csv.excel_tab):
+    """Fields between tabs, in which quotation marks are text."""
+
+    quoting = csv.QUOTE_NONE
+
+
 def read_prompt_set(path: str | Path) -> list[str]:
     """The prompts of a file, in its order; "-" is standard input, read as a text file.
 
@@ -113,8 +119,8 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, object]]:
 
 
 def _tsv(name: str, text: str) -> Iterator[tuple[int, object]]:
-    quoting = csv.QUOTE_MINIMAL if _is_quoted(text) else csv.QUOTE_NONE
-    return _table(name, csv.DictReader(io.StringIO(text), delimiter="\t", quoting=quoting, strict=True))
+    dialect = csv.excel_tab if _is_quoted(text) else PlainTabs
+    return _table(name, csv.DictReader(io.StringIO(text), dialect=dialect, strict=True))
 
 
 def _is_quoted(text: str) -> bool:

@@ -119,7 +119,7 @@ def spelled(message: str, flags: Mapping[str, str]) -> str:
 
 
 def quiet() -> None:
-    """Keep the libraries from talking: what matters is reported in the command's own words."""
+    """Keep the libraries from talking: what matters is reported in the command's own words, and warnings as sentences."""
     import warnings
 
     import diffusers
@@ -129,3 +129,10 @@ def quiet() -> None:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="diffusers|transformers")
+    warnings.showwarning = lambda message, *_, **__: warn(err(), str(message))
+
+
+def warn(log: Console, sentence: str) -> None:
+    from rich.markup import escape
+
+    log.print(f"[yellow]Warning:[/] {escape(sentence)}", highlight=False)

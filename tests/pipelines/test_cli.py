@@ -288,8 +288,8 @@ def test_demo(run, tmp_path, flux_path, pixart_path):
 OPTIONS = {
     "cache": dict(
         interval=2, cache_ratio=0.8, selector="attention", warmup_steps=2, interval_spread=0.1, ratio_schedule="toca",
-        age_weight=0.5, spatial_bonus=0.3, spatial_tile=2, query_share=0.5, text_tokens="reuse", share_guidance_selection=False, seed=3,
-        fill="forecast", forecast_order=2, cache_dtype="bfloat16", cache_device="cpu",
+        age_weight=0.5, spatial_bonus=0.3, spatial_tile=2, query_share=0.5, text_tokens="reuse",
+        share_guidance_selection=False, seed=3, fill="forecast", forecast_order=2, cache_dtype="bfloat16", cache_device="cpu",
     ),
     "merge": dict(
         ratio=0.25, stride=[2, 1], randomize=True, merge_attention=True, merge_cross_attention=True, merge_mlp=True,
@@ -449,6 +449,8 @@ def test_doubts_are_warnings(make, pixart_path):
     warned = " ".join(make("red", "--preset", "toca-flux", pipeline=pixart_path).stderr.split())
     assert "Warning: The preset toca-flux was published for another family; toca-pixart is that of PixArt." in warned
     assert "4 steps" not in warned
+    warned = make("red", "--interval", 1).stderr
+    assert re.search(r"^Warning: dit_accel saved nothing in a run of 3 steps", warned, re.M) and "UserWarning" not in warned
 
 
 def test_a_method_that_the_pipeline_does_not_take_is_wrong_usage(make, tmp_path):

@@ -91,7 +91,9 @@ def test_inspect_with_a_wrong_selector_is_wrong_usage(run, flux_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((" ",), "not empty"),
+        ((" ",), "none that is empty"),
+        ((), "Give at least one prompt"),
+        (("red", "--forecast-order", 2), "--forecast-order does nothing without --fill forecast"),
         (("red", "--preset", "fora"), "Nothing would be selected"),
         (("red", "--interval", 1), "Nothing would be selected"),
     ],
