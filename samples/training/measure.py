@@ -19,11 +19,9 @@ import typer
 
 from common import write_json
 from data import STYLES, WORK, Scene, concepts, pairs, scene_prompt
-from generate import FAMILIES as FAMILIES
 from generate import background_scenes, defaults, generate_all, open_pipeline, pair_scenes
 from judge import OUT, Verdict, load_judge, shares, verdicts
 from sheets import contact_sheet
-from text import LENGTH as LENGTH
 
 SEEDS = 4  # of one prompt, side by side
 SHOWN = 48  # tiles on the sheets of seeds, backgrounds and pairs

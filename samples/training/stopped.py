@@ -2,8 +2,9 @@
 
     python samples/training/stopped.py
 
-One run for every (concept, style) pair and pipeline. Writes `stopped-flux.safetensors` and `stopped-pixart.safetensors`, uint8
-[pairs, 1 + stops, 3, 128, 128] each, the finished picture first. An interrupted run goes on where it stopped.
+One run for every scene of `asked` and pipeline: every (concept, style) pair, named backgrounds, two concepts; some of them are held
+out of every training. Writes `stopped-flux.safetensors` and `stopped-pixart.safetensors`, uint8 [scenes, 1 + stops, 3, 128, 128]
+each, the finished picture first. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ from rich.progress import Progress, TimeElapsedColumn
 from safetensors.torch import save_file
 
 from common import load_checkpoint, save_checkpoint
-from data import STYLES, WORK, concepts, prompt
-from measure import FAMILIES, LENGTH
+from data import STYLES, WORK, Scene, concepts, scene_prompt
+from generate import FAMILIES, background_scenes, defaults, open_pipeline, pair_scenes
+from text import LENGTH
 
 SAMPLES = Path(__file__).parent.parent
 SIZE = 128
 STOPS = (0.9, 0.75, 0.6, 0.45)  # share of the steps that were taken
+EACH = 96  # scenes with a named background, of two concepts seen together, and of two that are not
+
+
+def asked() -> list[Scene]:
+    """What the pipelines are asked for: every concept in every style, named backgrounds, two concepts."""
+    singles = [Scene((concept,), style) for concept in concepts() for style in STYLES]
+    return [*singles, *background_scenes(EACH), *pair_scenes(EACH, held=False), *pair_scenes(EACH, held=True)]
 
 
 @torch.no_grad()
@@ -34,7 +43,7 @@ def stopped(pipe: DiffusionPipeline, prompts: list[str], steps: int, guidance: f
     def keep(step: int, time: object, latents: torch.Tensor) -> None:
         kept[step + 1] = latents.clone()
 
-    def keep_flux(pipe: FluxPipeline, step: int, time: object, tensors: dict) -> dict:
+    def keep_flux(pipe: FluxPipeline, step: int, time: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         keep(step, time, tensors["latents"])
         return tensors
 
@@ -68,21 +77,20 @@ def main(
     folder: Path = typer.Option(SAMPLES, help="Where emoji-flux and emoji-pixart lie."),
 ) -> None:
     torch.set_num_threads(threads)
-    prompts = [prompt(concept, style) for concept in concepts() for style in STYLES]
+    prompts = [scene_prompt(scene) for scene in asked()]
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
-        for name, family in FAMILIES.items():
+        for name in FAMILIES:
             target, path = WORK / f"stopped-{name}.safetensors", WORK / f"stopped-{name}.pt"
             if target.exists():
                 continue
-            pipe = DiffusionPipeline.from_pretrained(folder / f"emoji-{name}")
-            pipe.set_progress_bar_config(disable=True)
+            pipe, _ = open_pipeline(folder / f"emoji-{name}", None)
             state = load_checkpoint(path)
             parts = state["parts"] if state else []
             bar = progress.add_task(name, total=len(prompts), completed=sum(map(len, parts)))
             while (done := sum(map(len, parts))) < len(prompts):
                 some = prompts[done : done + batch]
                 seeds = list(range(done, done + len(some)))
-                parts.append(stopped(pipe, some, family.steps, family.guidance, seeds))
+                parts.append(stopped(pipe, some, *defaults(pipe), seeds))
                 save_checkpoint(path, parts=parts)
                 progress.advance(bar, len(some))
             save_file({"pictures": torch.cat(parts)}, part := target.with_suffix(".part"))

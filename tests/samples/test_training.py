@@ -28,6 +28,8 @@ everything = data.concepts()
 data.concepts = lambda: everything[:{CONCEPTS}]
 import train
 train.Flux.steps = train.PixArt.steps = 2
+import stopped
+stopped.EACH = 4
 """
 
 pytestmark = pytest.mark.slow
@@ -209,36 +211,31 @@ def test_judge_is_trained_twice_and_measures_pipelines(recipe):
     assert result["prompts"] == ["grapes", "lemon, 3d style"] and not {"object", "background"} & set(result["measured"])
 
 
-def test_reward_learns_from_samples_that_were_stopped(recipe):
+def test_reward_learns_from_scenes_and_from_samples_that_were_stopped(recipe):
     for family in ("flux", "pixart"):
         recipe.pipeline(family)
-    recipe.run("stopped", "--batch", 36, "--threads", 1, "--folder", recipe.work)
+    recipe.run("stopped", "--batch", 28, "--threads", 1, "--folder", recipe.work)
     for name in ("flux", "pixart"):
         samples = load_file(recipe.work / f"stopped-{name}.safetensors")["pictures"]
-        assert samples.shape == (3 * CONCEPTS, 5, 3, 128, 128) and samples.dtype == torch.uint8
+        assert samples.shape == (3 * CONCEPTS + 12, 5, 3, 128, 128) and samples.dtype == torch.uint8
         assert not torch.equal(samples[:, 0], samples[:, -1])
 
-    folder, settings = recipe.work / "emoji-reward", ("--batch", BATCH, "--threads", 1, "--draws", 1)
-    settings += ("--vae-path", recipe.work / "vae", "--out", recipe.work / "emoji-reward")
-    recipe.run("reward", "--naming", 8, "--ranking", 0, *settings)
-    recipe.run("reward", "--naming", 8, "--ranking", 8, *settings)
+    folder = recipe.work / "emoji-reward"
+    settings = ("--naming", 8, "--batch", 4, "--threads", 1, "--count", 4, "--out", folder)
+    recipe.run("reward", "--ranking", 0, "--no-samples", *settings)
+    kinds = {"wrong object", "wrong background", "swapped places", "missing object", "wrong style"}
+    kinds |= {"mean of the kinds", "blur", "noise", "blocking", "color", "shuffle"}
+    assert set(json.loads((folder / "measured.json").read_text())["held-out pairs"]) == kinds
+    recipe.run("reward", "--ranking", 8, *settings)
     assert torch.load(recipe.work / "emoji-reward.pt", weights_only=True)["done"] == 16
     measured = json.loads((folder / "measured.json").read_text())
-    assert measured["prompts"] == 3 * CONCEPTS
-    assert {"concept", "style", "blur", "noise", "blocking", "colour", "shuffle", "stopped early"} < set(measured["held-out pairs"])
+    assert measured["prompts"] == 3 * CONCEPTS == sum(measured[f"{part} drawings"]["pictures"] for part in ("seen", "held-out"))
+    assert set(measured["held-out pairs"]) == kinds | {"stopped early"}
+    assert all(measured["held-out pairs"][kind]["pairs"] >= 4 for kind in kinds - {"mean of the kinds"})
     picture = Image.fromarray(samples[0, 0].permute(1, 2, 0).numpy())
     (score,) = ImageReward.from_checkpoint(folder).score(["grapes, 3d style"], [picture])
     assert -10 < score < 10
 
-
-def test_degradations_grow_with_their_strength():
-    sys.path.append(str(SCRIPTS))
-    from degrade import DEGRADATIONS, degrade
-
-    image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    image = torch.nn.functional.avg_pool2d(image[None], 9, stride=1, padding=4)[0] * 2
-    for kind in DEGRADATIONS:
-        versions = degrade(image, kind, [0.0, 0.1, 0.4, 0.9], torch.Generator().manual_seed(1))
-        errors = [(version - image).square().mean().item() for version in versions]
-        assert errors[0] < 1e-12 and errors == sorted(errors) and errors[1] > 1e-5, (kind, errors)
-        assert all(version.shape == image.shape for version in versions)
+    out = recipe.work / "emoji-reward-further"
+    recipe.run("reward", "--naming", 4, "--ranking", 0, *settings[2:-1], out, "--start", folder, "--no-samples")
+    assert (out / "model.safetensors").exists()
