@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.pipelines.terminal import err, plain_errors, quiet, show
+from dit_accel.pipelines.terminal import err, plain_errors, quiet, show, usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dit_accel.eval.spec import Spec
     from dit_accel.eval.timing import Watcher
 
 app = typer.Typer(
@@ -25,8 +28,18 @@ app = typer.Typer(
 CHANGES, MACHINE = "Instead of the specification's", "Machine"
 
 
+def show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"dit-accel-eval {version('dit-accel')}")
+        raise typer.Exit()
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     pass
 
 
@@ -82,42 +95,124 @@ def run(
 
       dit-accel-eval run --pipeline emoji-flux --prompts my.txt --method 'cache: {selector: \[random, drift], interval: \[3, 5]}'
 
-    The exit code is 1 if a picture or a method failed; the rows say why.
+    The exit code is 1 if a picture or a method failed, and the rows say why; 2 if something was asked for that cannot be had.
     """
     with plain_errors(debug, extra="eval"):
-        from dit_accel.eval.spec import read_spec
-
-        quiet()
-        changes: dict[str, Any] = dict(
-            pipelines=pipeline or None,
-            prompts=None if prompts is None else str(prompts.absolute()),
-            methods=[parsed(text) for text in method] if method else None,
-            scores=score or None,
-            selector_file=None if selector_file is None else str(selector_file.absolute()),
-        )
-        changes |= dict(seeds=seeds, steps=steps, margin=margin, batch_size=batch_size, timing_rounds=timing_rounds)
-        asked = read_spec(spec, **changes, dtype=dtype, device=device, offload=offload)
-
+        asked, folder = understood(locals())
         from dit_accel.eval.folder import RunFolder
         from dit_accel.eval.runs import Evaluation
 
-        folder = RunFolder(output or Path("runs") / (spec.stem if spec else "evaluation"))
+        run_folder = RunFolder(folder, say)
         with watching() as watcher:
-            evaluation = Evaluation(asked, folder, watcher, retry_failed=retry_failed)
+            with usage():
+                evaluation = Evaluation(asked, run_folder, watcher, retry_failed=retry_failed)
+                evaluation.prepare()
             rows = evaluation.run()
         if not evaluation.state.is_main_process:
             return
-        show(overview(folder, asked))
+        for line in overview(run_folder, asked):
+            show(line) if not isinstance(line, str) else typer.echo(line)
         failed = rows[rows["error"].notna()]
         if len(failed):
+            from rich.markup import escape
+
             first = failed.iloc[0]
+            what = escape(f"{first['prompt']!r} with {first['method']}: {first['error']}")
             err().print(
-                f"[red]{len(failed)} of {len(rows)} pictures failed[/], first {first['prompt']!r} with {first['method']}: "
-                f"{first['error']}\nTry them again with --retry-failed.",
+                f"[red]{len(failed)} of {len(rows)} pictures failed[/], first {what}\nTry them again with --retry-failed.",
                 highlight=False,
-                markup=True,
+                soft_wrap=True,
             )
             raise typer.Exit(1)
+
+
+def like_run(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `run`, except those that are about pictures that were made."""
+    parameters = inspect.signature(run, eval_str=True).parameters
+    kept = [one for name, one in parameters.items() if name != "retry_failed"]
+    command.__signature__ = inspect.signature(run).replace(parameters=kept)  # type: ignore[attr-defined]
+    return command
+
+
+@app.command("check")
+@like_run
+def check_command(**given: Any) -> None:
+    """Say what `run` would do with the same arguments, and about how long it takes. Nothing is written.
+
+    Every method is tried on the pipeline's transformer without weights, and two denoising steps are timed.
+
+    [bold]Example[/]
+
+      dit-accel-eval check eval/specs/quick.yaml
+    """
+    with plain_errors(given["debug"], extra="eval"):
+        asked, path = understood(given)
+        from dit_accel.eval.checking import bench_of, check, plan, resolve
+        from dit_accel.eval.folder import RunFolder
+
+        folder = RunFolder(path, say)
+        with usage():
+            resolved = resolve(asked)
+            check(asked)
+            folder.compare(asked, resolved)
+        plans = []
+        for name in asked.pipelines:
+            with usage():
+                bench = bench_of(asked, name)
+            plans.append(plan(asked, folder, bench))
+            del bench
+        show(planned(plans, asked, path, resolved))
+
+
+def planned(plans: list[Any], spec: Spec, path: Path, resolved: dict[str, str]) -> Any:
+    """One row a method and pipeline, and how long all of it takes."""
+    from datetime import timedelta
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    total = timedelta(seconds=round(sum(plan.seconds for plan in plans)))
+    more = max(plan.most for plan in plans)
+    table = Table(
+        "pipeline",
+        "method",
+        "pictures",
+        caption=escape(
+            f"{' on '.join(resolved.values())}; {len(spec.prompts)} prompts, {spec.seeds} seeds, "
+            f"{spec.timing_rounds} timing rounds. "
+            f"Made already: {sum(plan.done for plan in plans)} pictures in {path}. "
+            f"Fewer steps that match the methods' seconds and FLOPs are added: at most {more}. "
+            f"About {total} (h:mm:ss) at most, as if every method were as slow as the run in full; scores not counted."
+        ),
+    )
+    for plan in plans:
+        for cell in plan.methods:
+            table.add_row(escape(plan.pipeline), escape(cell.label), f"{len(spec.prompts) * spec.seeds}")
+    return table
+
+
+def understood(given: dict[str, Any]) -> tuple[Spec, Path]:
+    """The evaluation that the arguments of `run` describe, and its folder."""
+    from dit_accel.eval.spec import read_spec
+
+    quiet()
+    spec, output = given["spec"], given["output"]
+    absolute = {name: None if given[name] is None else str(given[name].absolute()) for name in ("prompts", "selector_file")}
+    same = ("seeds", "steps", "margin", "batch_size", "timing_rounds", "dtype", "device", "offload")
+    with usage():
+        asked = read_spec(
+            spec,
+            pipelines=given["pipeline"] or None,
+            methods=[parsed(text) for text in given["method"]] if given["method"] else None,
+            scores=given["score"] or None,
+            **absolute,
+            **{name: given[name] for name in same},
+        )
+    return asked, output or Path("runs") / (spec.stem if spec else "evaluation")
+
+
+def say(text: str) -> None:
+    err().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -135,7 +230,10 @@ def report(
         from dit_accel.eval.folder import RunFolder
         from dit_accel.eval.report import write_report
 
-        typer.echo(write_report(RunFolder(folder), output or folder / "report"))
+        run_folder = RunFolder(folder, say)
+        with usage():
+            run_folder.begun  # noqa: B018  whether this is a run
+        typer.echo(write_report(run_folder, output or folder / "report"))
 
 
 @contextmanager
@@ -145,7 +243,13 @@ def watching() -> Iterator[Watcher]:
 
     from dit_accel.eval.timing import Watcher
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err(), speed_estimate_period=600) as bar:
 
         class Bars(Watcher):
@@ -159,41 +263,45 @@ def watching() -> Iterator[Watcher]:
                 self.done += amount
                 bar.update(self.task, completed=round(self.done, 3))
 
+            def note(self, text: str) -> None:
+                bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
         yield Bars()
 
 
 def parsed(text: str) -> Any:
     """The YAML of an option."""
-    import yaml
+    from dit_accel.eval.strict_yaml import read_yaml
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"{text!r} is not YAML: {error}") from None
+    return read_yaml(text, f"--method {text!r}").value
 
 
-def overview(folder: Any, spec: Any) -> Any:
-    """One row a method, for the terminal."""
+def overview(folder: Any, spec: Any) -> list[Any]:
+    """For the terminal: a table with one row a method, and a sentence about each against fewer steps at its seconds."""
     import pandas as pd
     from rich.markup import escape
     from rich.table import Table
 
-    from dit_accel.eval.summary import summarise
+    from dit_accel.eval.summary import non_inferior_text, summarise, verdict
 
     rows, times = (pd.read_parquet(folder.path / f"{name}.parquet") for name in ("results", "timing"))
-    summary = summarise(rows, times, score=spec.scores[0], margin=spec.margin)
+    summary = summarise(rows, times, score=spec.scores[0], margin=spec.margin, baselines=folder.baselines())
     table = Table(
         "pipeline",
         "method",
-        spec.scores[0],
+        escape(spec.scores[0]),
         "difference to full (95 %)",
         "p (Holm)",
+        "non-inferior",
         "PSNR",
         "speed-up",
         "FLOPs ratio",
-        caption="Speed-up: measured seconds of denoising, full over method, median over rounds. "
-        f"Every figure with its interval: dit-accel-eval report {folder.path}",
+        caption=escape(
+            "Speed-up: measured seconds of denoising, full over method, median over rounds. "
+            f"Every figure with its interval: dit-accel-eval report {folder.path}"
+        ),
     )
+    lines = []
     for row in summary.to_dict("records"):
         number = lambda name, form, row=row: format(row[name], form) if pd.notna(row.get(name)) else ""  # noqa: E731
         difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if pd.notna(row.get("difference")) else ""
@@ -201,13 +309,16 @@ def overview(folder: Any, spec: Any) -> Any:
             escape(str(row["pipeline"])),
             escape(str(row["method"])),
             number("score", ".3f"),
-            difference,
+            escape(difference),
             number("p_holm", ".3f"),
+            non_inferior_text(row),
             "identical" if row.get("identical") == 1 else number("psnr", ".1f"),
             number("speedup", ".2f") + ("" if row.get("comparable", True) else " (shared device)"),
             number("flops_ratio", ".2f"),
         )
-    return table
+        if said := verdict(row):
+            lines.append(f"{row['pipeline']}, {row['method']}: {said}")
+    return [table, *lines]
 
 
 def main() -> None:

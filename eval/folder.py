@@ -1,12 +1,17 @@
 """The folder of a run: what was asked, what is done already, and tables that are written whole or not at all.
 
-spec.json                 the evaluation and the versions it was begun with
+spec.json                 the evaluation, what its settings became here, versions, batches
+run.lock, running.json    held by the process that is at work, and its name
 sittings/                 hardware, threads and processes of every start
 timing/                   one table a pipeline and round
 baselines.json            fewer steps that match a method's seconds or FLOPs, by pipeline
 rows/                     one table a batch of pictures
+maps/                     which places a method computes
 pictures/                 PNG, in folders by pipeline and method
 results.parquet, timing.parquet    everything, once the run is whole
+
+Files of a method carry a hash of all that its pictures depend on, so that a run can grow: what is asked anew gets files of its own,
+and what is asked no more is passed over.
 """
 
 from __future__ import annotations
@@ -17,60 +22,159 @@ import json
 import os
 import platform
 import re
+import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 
-from dit_accel.eval.spec import Spec
+from dit_accel.eval.spec import Cell, Spec
 from dit_accel.pipelines.pictures import write_atomically
 
+T = TypeVar("T")
+Batches = list[list[tuple[int, int]]]  # (prompt number, seed number) of pictures that are denoised together
+
 PACKAGES = ("dit-accel", "torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
+# What pictures, seconds and verdicts depend on: no change once there are any.
+FIXED = ("steps", "guidance", "height", "width", "scores", "margin", "batch_size", "timing_batch_size", "offload")
+CONTENTS = ("spec.json", "run.lock", "running.json", "sittings", "timing", "baselines.json", "cut.json", "rows", "maps", "pictures")
+
+
+class InUse(ValueError):
+    """Another process is at work in the folder."""
 
 
 class RunFolder:
-    """Paths and tables of one run."""
+    """Paths and tables of one run.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A file that cannot be read counts as missing, so that it is made anew, and is named in `unreadable`.
 
-    def begin(self, spec: Spec) -> None:
-        """Make the folder, or go on in it.
+    Args:
+        path: the folder.
+        tell: called with a sentence about every file that cannot be read.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.path, self.tell = path, tell
+        self.unreadable: dict[Path, str] = {}
+        self._begun: dict[str, Any] | None = None
+
+    def begin(self, spec: Spec, resolved: dict[str, str]) -> None:
+        """Make the folder, go on in it, or let it grow.
+
+        Args:
+            spec: what is asked.
+            resolved: what "auto" has become, see `Evaluation`.
 
         Raises:
-            ValueError: the folder holds something else, or a run of another specification or other versions.
+            ValueError: see `compare`.
         """
-        now = json.loads(json.dumps({"spec": spec.to_dict(), "versions": versions(spec)}))
-        file = self.path / "spec.json"
-        if not file.is_file():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise ValueError(f"{self.path} exists and is no run; give another --output.")
-            write_json(file, now)
-            return
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} was {short(before[part].get(name))} and is {short(now[part].get(name))}"
-            for part in ("spec", "versions")
-            for name in {**before[part], **now[part]}
-            if before[part].get(name) != now[part].get(name)
+        before = self.compare(spec, resolved)
+        frame = {name: getattr(spec, name) for name in FIXED if name not in ("margin", "batch_size", "timing_batch_size")}
+        now = {"spec": spec.to_dict(), "resolved": resolved, "versions": versions(), "frame": frame | resolved | versions()}
+        self._begun = now
+        now["labels"] = {name: {self.key(name, cell): cell.label for cell in spec.cells} for name in spec.pipelines}
+        kept = before["batches"] if before and self.has_results() else []
+        now["batches"] = grown(kept, spec)
+        self._begun = json.loads(json.dumps(now))
+        if self._begun != before:
+            for name in ("results", "timing"):
+                (self.path / f"{name}.parquet").unlink(missing_ok=True)
+            write_json(self.path / "spec.json", now)
+
+    def compare(self, spec: Spec, resolved: dict[str, str]) -> dict[str, Any] | None:
+        """What the folder was begun with, or None; changes nothing.
+
+        Raises:
+            ValueError: the folder holds something else, or pictures that cannot be compared with those asked for now.
+        """
+        if self.path.exists() and (not self.path.is_dir() or (found := os.listdir(self.path)) and not set(found) & set(CONTENTS)):
+            raise ValueError(f"{self.path} exists and is no run; give another --output.")
+        before = self.read(self.path / "spec.json", read_begun)
+        if before is None or not self.has_results():
+            return before
+        old, new = before["spec"], json.loads(json.dumps(spec.to_dict()))
+        pairs = [(name, old.get(name), new[name]) for name in FIXED]
+        pairs += [(name, before["resolved"].get(name), value) for name, value in resolved.items()]
+        pairs += [(name, before["versions"].get(name), value) for name, value in versions().items()]
+        changed = [f"{name} was {short(was)} and is {short(now)}" for name, was, now in pairs if was != now]
+        changed += [
+            f"{name} was {old[name]} and is {new[name]}, which is fewer"
+            for name in ("seeds", "timing_rounds")
+            if new[name] < old[name]
         ]
+        for i, (was, now) in enumerate(zip(old["prompts"], [*new["prompts"], *[None] * len(old["prompts"])], strict=False), 1):
+            if was != now:
+                changed.append(f"prompt {i} was {short(was)} and is {short(now) if now is not None else 'gone'}")
+                break
         if changed:
             raise ValueError(
-                f"{self.path} was begun with something else: {'; '.join(changed)}. "
-                "Pictures of both cannot be compared: change it back, or give another --output."
+                f"{self.path} holds results of something else: {'; '.join(changed)}. Change it back, or give another --output. "
+                "Methods, pipelines, seeds, timing rounds and, at the end, prompts may be added, and methods changed."
             )
+        return before
+
+    def has_results(self) -> bool:
+        return any(next((self.path / kind).glob("*.parquet"), None) for kind in ("rows", "timing"))
+
+    def read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
+        """What a file holds; None if there is none, or none that can be read."""
+        if not path.is_file():
+            return None
+        try:
+            return reader(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if path not in self.unreadable:
+                self.unreadable[path] = " ".join(str(error).split())[:200]
+                self.tell(f"{path} cannot be read and counts as missing: {self.unreadable[path] or type(error).__name__}")
+            return None
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """What `begin` wrote; FileNotFoundError if this is no run."""
+        if self._begun is None:
+            self._begun = self.read(self.path / "spec.json", read_begun)
+        if self._begun is None:
+            raise FileNotFoundError(
+                f"{self.path} is no run: it has no spec.json that can be read. Start one with: dit-accel-eval run SPEC.yaml"
+            )
+        return self._begun
 
     def read_spec(self) -> dict[str, Any]:
-        """What `begin` wrote; FileNotFoundError if this is no run."""
-        file = self.path / "spec.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{self.path} is no run: it has no spec.json. Start one with: dit-accel-eval run SPEC.yaml")
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        """See `begun`."""
+        return self.begun
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working in the folder, inside a `with` block. The lock of a process that died is free.
+
+        Raises:
+            InUse: another process has the lock; the message names it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        name = self.path / "running.json"
+        lock = FileLock(self.path / "run.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            owner = self.read(name, read_json) or {}
+            process = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
+            raise InUse(
+                f"{self.path} is in use by {process}; wait until that is done, stop it, or give another --output."
+            ) from None
+        try:
+            write_json(name, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+            yield
+        finally:
+            name.unlink(missing_ok=True)
+            lock.release()
 
     def sit_down(self, device: str, processes: int) -> int:
         """Record that the run is started or goes on here and now; the number of the sitting."""
@@ -80,43 +184,110 @@ class RunFolder:
         return number
 
     def sittings(self) -> list[dict[str, Any]]:
-        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((self.path / "sittings").glob("*.json"))]
+        found = (self.read(file, read_json) for file in sorted((self.path / "sittings").glob("*.json")))
+        return [one for one in found if one is not None]
 
     def baselines(self) -> dict[str, dict[str, list[str]]]:
         """By pipeline: the numbers of steps, and which methods each one matches in what."""
-        file = self.path / "baselines.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        return {name: one["steps"] for name, one in self.probed().items()}
 
-    def rows(self, pipeline: int, cell: int, batch: int) -> Path:
-        return self.path / "rows" / f"{pipeline:02}-{cell:04}-{batch:05}.parquet"
+    def probed(self) -> dict[str, dict[str, Any]]:
+        """By pipeline: `steps`, see `baselines`, and `methods`, the keys of those for which they were looked for, by label."""
+        return self.read(self.path / "baselines.json", read_baselines) or {}
 
-    def timing(self, pipeline: int, number: int) -> Path:
-        return self.path / "timing" / f"{pipeline:02}-{number:03}.parquet"
+    def key(self, pipeline: str, cell: Cell) -> str:
+        """A hash of all that the pictures of a method depend on besides prompt and seed."""
+        parts = [self.begun.get("frame"), pipeline, cell.kind, cell.options(), cell.code]
+        return hashed(json.dumps(parts, sort_keys=True, default=str))
 
-    def map(self, pipeline: int, cell: int) -> Path:
-        return self.path / "maps" / f"{pipeline:02}-{cell:04}.json"
+    def rows(self, pipeline: str, cell: Cell, batch: int) -> Path:
+        return self.path / "rows" / f"{named(pipeline)}-{self.key(pipeline, cell)}-{batch:05}.parquet"
 
-    def failed(self, rows: Path) -> bool:
-        """Whether a picture of this batch failed."""
-        return bool(pd.read_parquet(rows, columns=["error"])["error"].notna().any())
+    def timing(self, pipeline: str, number: int) -> Path:
+        return self.path / "timing" / f"{named(pipeline)}-{number:03}.parquet"
 
-    def picture(self, pipeline: int, cell: int, prompt: int, seed: int, names: tuple[str, str]) -> Path:
-        """Where a picture lies, relative to the folder; `names` of pipeline and method are for whoever looks at it."""
-        first, second = (f"{number:02}-{slug(name)}" for number, name in zip((pipeline, cell), names, strict=True))
-        return Path("pictures", first, second, f"{prompt:04}-{seed:02}.png")
+    def map(self, pipeline: str, cell: Cell) -> Path:
+        return self.path / "maps" / f"{named(pipeline)}-{self.key(pipeline, cell)}.json"
+
+    def picture(self, pipeline: str, cell: Cell, prompt: int, seed: int) -> Path:
+        """Where a picture lies, relative to the folder; the method's label is for whoever looks at it."""
+        return Path("pictures", named(pipeline), f"{slug(cell.label)}-{self.key(pipeline, cell)}", f"{prompt:04}-{seed:02}.png")
+
+    def batches(self) -> Batches:
+        """The same for every method, whatever the number of processes: so are the pictures, to the last bit."""
+        return [[(prompt, seed) for prompt, seed in batch] for batch in self.begun["batches"]]
+
+    def labels(self) -> dict[str, str]:
+        """By key, all methods that are asked for, and the fewer steps that match them. Options in another order change a label."""
+        found = {key: label for labels in self.begun["labels"].values() for key, label in labels.items()}
+        for pipeline, counts in self.baselines().items():
+            cells = [fewer_steps(int(count)) for count in counts]
+            found |= {self.key(pipeline, cell): cell.label for cell in cells}
+        return found
 
     def table(self, kind: str) -> pd.DataFrame:
-        """All tables of `rows` or `timing` as one."""
-        files = sorted((self.path / kind).glob("*.parquet"))
-        return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True) if files else pd.DataFrame()
+        """All tables of `rows` or `timing` as one, of what is asked for."""
+        read = (self.read(file, read_table) for file in sorted((self.path / kind).glob("*.parquet")))
+        tables = [table for table in read if table is not None]
+        if not tables:
+            return pd.DataFrame()
+        found = pd.concat(tables, ignore_index=True)
+        labels = self.labels()
+        found = found[found["cell"].isin(labels)]
+        found = found.assign(method=found["cell"].map(labels))
+        if kind == "timing":
+            return found[found["round"] <= self.begun["spec"]["timing_rounds"]].reset_index(drop=True)
+        return found.drop_duplicates(["cell", "prompt", "seed"]).reset_index(drop=True)
+
+    def maps(self) -> list[dict[str, Any]]:
+        """The selection maps of what is asked for."""
+        read = (self.read(file, read_json) for file in sorted((self.path / "maps").glob("*.json")))
+        labels = self.labels()
+        return [one | {"method": labels[one["cell"]]} for one in read if one is not None and one.get("cell") in labels]
 
 
-def versions(spec: Spec) -> dict[str, str]:
-    """What the pictures depend on besides the specification."""
-    found = {package: version(package) for package in PACKAGES}
-    if spec.selector_file:
-        found["selector_file"] = hashlib.sha256(Path(spec.selector_file).read_bytes()).hexdigest()
+def grown(batches: list[Any], spec: Spec) -> Batches:
+    """Batches that are there already, and after them new ones of all pictures that are in none."""
+    found: Batches = [[(prompt, seed) for prompt, seed in batch] for batch in batches]
+    have = {place for batch in found for place in batch}
+    places = [(prompt, seed) for prompt in range(len(spec.prompts)) for seed in range(spec.seeds)]
+    left = [place for place in places if place not in have]
+    return found + [left[i : i + spec.batch_size] for i in range(0, len(left), spec.batch_size)]
+
+
+def fewer_steps(count: int) -> Cell:
+    """The run in full with fewer steps."""
+    return Cell(f"{count} steps", (), count, "fewer steps")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_begun(path: Path) -> dict[str, Any]:
+    begun = read_json(path)
+    if missing := [name for name in ("spec", "resolved", "versions", "labels", "batches") if name not in begun]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    return begun
+
+
+def read_baselines(path: Path) -> dict[str, dict[str, Any]]:
+    found = read_json(path)
+    for one in found.values():
+        one["methods"], [int(count) for count in one["steps"]]
     return found
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path)
+    if table.empty or not {"cell", "method", "error"} <= set(table):
+        raise ValueError("it lacks rows or columns")
+    return table
+
+
+def versions() -> dict[str, str]:
+    """What the pictures depend on besides the specification."""
+    return {package: version(package) for package in PACKAGES}
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -148,8 +319,17 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]] | pd.DataFrame) -> No
 
 
 def slug(text: str) -> str:
-    """Letters, digits, dots and hyphens of a name, for a path; different names of one slug are told apart by their numbers."""
-    return re.sub(r"[^\w.=]+", "-", Path(text).name if "/" in text else text).strip("-.")[:80] or "x"
+    """Letters, digits, dots and hyphens of a name, for a path."""
+    return re.sub(r"[^\w.=]+", "-", Path(text).name if "/" in text else text).strip("-.")[:60] or "x"
+
+
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def named(pipeline: str) -> str:
+    """What files of a pipeline are called: those of one name in two folders differ."""
+    return f"{slug(pipeline)[:30]}-{hashed(pipeline)[:6]}"
 
 
 def short(value: Any) -> str:

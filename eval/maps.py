@@ -9,7 +9,7 @@ import numpy as np
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from dit_accel.eval.folder import RunFolder, write_json
+from dit_accel.eval.folder import RunFolder, read_json, write_json
 from dit_accel.eval.measuring import Bench
 from dit_accel.eval.spec import Cell, Spec, noise_seed
 from dit_accel.eval.timing import Watcher, with_baselines
@@ -27,15 +27,20 @@ def record_maps(bench: Bench, folder: RunFolder, spec: Spec, watcher: Watcher) -
 
     A method that cannot run has no map; the rows of its pictures say why.
     """
-    pipeline, index = bench.name, spec.pipelines.index(bench.name)
-    cells = [(i, cell) for i, cell in enumerate(with_baselines(folder, spec, pipeline)) if selects(cell)]
-    left = [(i, cell) for i, cell in cells if not folder.map(index, i).exists()]
+    pipeline = bench.name
+    cells = [cell for cell in with_baselines(folder, spec, pipeline) if selects(cell)]
+    left = [cell for cell in cells if folder.read(folder.map(pipeline, cell), read_json) is None]
     batch = [(prompt, noise_seed(prompt, 0)) for prompt in spec.prompts[: spec.batch_size]]
     watcher.stage(f"{pipeline}: selection maps", len(cells), len(cells) - len(left))
-    for number, cell in left:
-        if not any(folder.failed(path) for path in folder.path.glob(f"rows/{index:02}-{number:04}-*.parquet")):
-            found = shares(bench, cell, batch)
-            write_json(folder.map(index, number), {"pipeline": pipeline, "method": cell.label, **found})
+    rows = folder.table("rows")
+    failed = set(rows.loc[rows["error"].notna(), "cell"])
+    for cell in left:
+        key = folder.key(pipeline, cell)
+        if key not in failed:
+            write_json(
+                folder.map(pipeline, cell),
+                {"pipeline": pipeline, "method": cell.label, "cell": key, **shares(bench, cell, batch)},
+            )
         watcher.advance(1)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+
+from dit_accel.eval.statistics import FEWEST, MANY
+from dit_accel.eval.summary import non_inferior_text, verdict
 
 NOTHING = "–"
 Row = dict[str, Any]
@@ -43,6 +46,12 @@ def columns(scores: tuple[str, ...], pipelines: int) -> list[Column]:
         *quality(scores[0], "score"),
         Column("p (Holm)", "sign-flip test, adjusted for the number of methods", lambda r: p_value(r["p_holm"])),
         Column("non-inferior", "whether the whole interval of the difference lies above minus the margin", non_inferior, "text"),
+        Column(
+            "against fewer steps",
+            "difference to the run with fewer steps that takes the method's seconds, paired over prompts, with 95 % interval",
+            against,
+        ),
+        Column("verdict", "whether the method beats fewer steps at its seconds", lambda r: Cell(verdict(r) or NOTHING), "text"),
         Column("PSNR, dB", "to the same picture in full, of the mean squared error", psnr),
         Column("SSIM", "to the same picture in full", lambda r: number(r["ssim"], ".3f")),
         Column(
@@ -100,9 +109,13 @@ def p_value(value: Any) -> Cell:
 
 
 def non_inferior(row: Row) -> Cell:
-    return (
-        Cell(NOTHING) if pd.isna(row["non_inferior"]) else Cell("yes" if row["non_inferior"] else "no", float(row["non_inferior"]))
-    )
+    text = non_inferior_text(row)
+    return Cell(text or NOTHING, float(row["non_inferior"]) if text in ("yes", "no") else "")
+
+
+def against(row: Row) -> Cell:
+    found = interval(row["matched_difference"], row["matched_low"], row["matched_high"], "+.3f")
+    return Cell(found.text, found.order, f"{found.note} {row['matched']}") if found.note else found
 
 
 def psnr(row: Row) -> Cell:
@@ -134,6 +147,9 @@ def findings(table: pd.DataFrame, margin: float) -> list[str]:
     sentences = []
     for name, part in table.groupby("pipeline", sort=False):
         tested = part[part["non_inferior"].notna()]
+        if tested.empty and part["difference"].notna().any():
+            sentences.append(f"{name}: too few prompts for a verdict; at least {FEWEST} are needed.")
+            continue
         methods, fewer = (tested[tested["kind"] == kind] for kind in ("method", "fewer steps"))
         if methods.empty:
             sentences.append(f"{name}: no method can be compared with full yet.")
@@ -144,6 +160,10 @@ def findings(table: pd.DataFrame, margin: float) -> list[str]:
         if good["speedup"].notna().any():
             text += f" The fastest of them: {fastest(good)}."
         baseline = fewer[fewer["non_inferior"].astype(bool) & fewer["speedup"].notna()]
+        if len(compared := methods[methods["matched_difference"].notna()]):
+            better = [row["method"] for row in compared.to_dict("records") if verdict(row).startswith("better")]
+            text += f" {len(better)} of {len(compared)} {'does' if len(better) == 1 else 'do'} better than fewer steps at the "
+            text += f"same seconds: {', '.join(better)}." if better else "same seconds."
         if len(baseline):
             text += f" The fastest plain run with fewer steps that is non-inferior: {fastest(baseline)}."
         sentences.append(text)
@@ -161,9 +181,21 @@ def count(amount: int, thing: str) -> str:
     return f"{amount} {thing}{'' if amount == 1 else 's'}"
 
 
-def doubts(table: pd.DataFrame, unfinished: str) -> list[str]:
-    """What a reader must know before believing the table."""
+def doubts(table: pd.DataFrame, unfinished: str, unreadable: Sequence[str] = (), machines: Sequence[str] = ()) -> list[str]:
+    """What a reader must know before believing the table.
+
+    Args:
+        unfinished: how far the run is, or nothing.
+        unreadable: files of the run that could not be read.
+        machines: hardware on which seconds were taken.
+    """
     found = [unfinished] if unfinished else []
+    if unreadable:
+        found.append(f"Could not be read and counts as missing: {', '.join(unreadable)}. The same run again makes it anew.")
+    if len(machines) > 1:
+        found.append(
+            f"Seconds were taken on different hardware: {', '.join(machines)}. Believe speed-ups, which are taken in rounds."
+        )
     noop = table[(table["kind"] == "no-op") & (table["identical"] < 1)]
     for row in noop.itertuples():
         found.append(
@@ -199,7 +231,9 @@ def untouched(table: pd.DataFrame) -> str:
     return "; ".join(states) or "not made yet"
 
 
-def protocol(spec: Row, table: pd.DataFrame, rows: pd.DataFrame, times: pd.DataFrame, cut: dict[str, int]) -> list[tuple[str, str]]:
+def protocol(
+    spec: Row, resolved: dict[str, str], table: pd.DataFrame, rows: pd.DataFrame, times: pd.DataFrame, cut: dict[str, int]
+) -> list[tuple[str, str]]:
     """How it was measured, as terms and sentences."""
     full = rows[(rows["kind"] == "full") & rows["error"].isna()]
     steps = [
@@ -216,7 +250,7 @@ def protocol(spec: Row, table: pd.DataFrame, rows: pd.DataFrame, times: pd.DataF
         ("Guidance", "each pipeline's own" if spec["guidance"] is None else f"{spec['guidance']:g}"),
         ("Size", size),
         ("Batch size", f"{spec['batch_size']}; {spec['timing_batch_size']} where time is measured"),
-        ("Numbers and device", f"dtype {spec['dtype']}, device {spec['device']}, offload {spec['offload']}"),
+        ("Numbers and device", f"dtype {resolved['dtype']}, device {resolved['device']}, offload {spec['offload']}"),
         (
             "Seconds",
             "; ".join(f"{name}: {n} of {count(spec['timing_rounds'], 'round')}" for name, n in rounds.items())
@@ -234,10 +268,14 @@ def protocol(spec: Row, table: pd.DataFrame, rows: pd.DataFrame, times: pd.DataF
         ("No-op cache", untouched(table)),
         (
             "Statistics",
-            "seeds are averaged for every prompt; 95 % intervals are BCa bootstrap intervals over prompts; p is that of a "
+            f"seeds are averaged for every prompt; 95 % intervals over prompts are BCa bootstrap intervals from {MANY} prompts on, "
+            "with fewer the wider of Student's t and the bootstrap-t; p is that of a "
             "two-sided sign-flip permutation test of the paired differences, adjusted by Holm's method over all methods but the "
             "no-op cache. "
-            "Non-inferior: the interval of the difference lies above minus the margin as a whole."
+            "Non-inferior: the interval of the difference lies above minus the margin as a whole; "
+            f"below {FEWEST} prompts there is no verdict. "
+            "Against fewer steps: the same, to the run with fewer steps that takes the method's seconds; better or worse where "
+            "Holm's p is at most 0.05."
             + (f" With {fewest} prompts no unadjusted p can be below {least:.2g}." if least > 0.01 else ""),
         ),
         ("PSNR", "of the mean squared error over pictures; identical pictures are counted, not dropped"),

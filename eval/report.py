@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,19 +17,19 @@ import yaml
 from PIL import Image
 
 from dit_accel.eval import drawing, figures, page
-from dit_accel.eval.folder import RunFolder
+from dit_accel.eval.folder import RunFolder, read_json, read_table
 from dit_accel.eval.runs import with_flops
-from dit_accel.eval.spec import FULL, Spec
+from dit_accel.eval.spec import FULL
 from dit_accel.eval.statistics import per_prompt
 from dit_accel.eval.summary import RESAMPLES, summarise
-from dit_accel.eval.timing import with_baselines
 from dit_accel.pipelines.pictures import psnr_text, write_atomically
 
 SIDE = 192  # pixels, of the embedded pictures
 EXTREMES = 3  # worst and best pictures of a method
 NUMBERS = (
     "score score_low score_high difference low high p p_holm non_inferior psnr psnr_low psnr_high ssim identical seconds "
-    "seconds_low seconds_high speedup speedup_low speedup_high end_to_end_speedup flops_ratio peak_memory cache_bytes comparable"
+    "seconds_low seconds_high speedup speedup_low speedup_high end_to_end_speedup flops_ratio peak_memory cache_bytes comparable "
+    "matched matched_seconds matched_n matched_difference matched_low matched_high matched_p_holm"
 ).split()
 PLACE = ["pipeline", "method", "kind", "error"]
 MADE = [*PLACE, "prompt", "seed", "picture", "steps", "flops", "full_flops", "squared_error", "psnr"]
@@ -67,15 +66,15 @@ def read_run(folder: RunFolder) -> Run:
         FileNotFoundError: the folder is no run.
         ValueError: it has no pictures yet.
     """
-    begun = folder.read_spec()
-    files = [folder.path / f"{name}.parquet" for name in ("results", "timing")]
-    if all(file.is_file() for file in files):
-        rows, times = (complete(pd.read_parquet(file), known) for file, known in zip(files, (MADE, TIMED), strict=True))
+    begun = folder.begun
+    tables = [folder.read(folder.path / f"{name}.parquet", read_table) for name in ("results", "timing")]
+    if all(table is not None for table in tables):
+        rows, times = (complete(table, known) for table, known in zip(tables, (MADE, TIMED), strict=True))
         return Run(folder, begun["spec"], begun["versions"], rows, times, "")
     rows, times = (complete(folder.table(kind), known) for kind, known in (("rows", MADE), ("timing", TIMED)))
     if rows.empty:
         raise ValueError(f"{folder.path} has no pictures yet; go on with: dit-accel-eval run SPEC.yaml --output {folder.path}")
-    done = f"This run is unfinished: {len(rows)} of {pictures_asked(folder, begun['spec'])} pictures. What follows is preliminary."
+    done = f"This run is unfinished: {len(rows)} of {pictures_asked(folder)} pictures. What follows is preliminary."
     return Run(folder, begun["spec"], begun["versions"], with_flops(rows), with_flops(times), done)
 
 
@@ -84,13 +83,8 @@ def complete(table: pd.DataFrame, known: list[str]) -> pd.DataFrame:
     return table.reindex(columns=[*table, *(column for column in known if column not in table)])
 
 
-def pictures_asked(folder: RunFolder, values: dict[str, Any]) -> str:
-    try:
-        spec = Spec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    except ValueError:  # a selector that a file of the user registers
-        return "an unknown number of"
-    cells = sum(len(with_baselines(folder, spec, name)) for name in spec.pipelines)
-    return str(cells * len(spec.prompts) * spec.seeds)
+def pictures_asked(folder: RunFolder) -> int:
+    return len(folder.labels()) * len(folder.begun["spec"]["prompts"]) * int(folder.begun["spec"]["seeds"])
 
 
 def write_report(folder: RunFolder, output: Path, resamples: int = RESAMPLES) -> Path:
@@ -127,7 +121,10 @@ def methods(run: Run, resamples: int) -> pd.DataFrame:
     """The summary of the first score, with what the page adds: a `number` for every method of a pipeline, a `key`, the pictures
     that were `compared` with their twins, and the other scores."""
     scores, margin = run.spec["scores"], run.spec["margin"]
-    table, *others = [summarise(run.rows, run.times, score=score, margin=margin, resamples=resamples) for score in scores]
+    table, *others = [
+        summarise(run.rows, run.times, score=score, margin=margin, resamples=resamples, baselines=run.folder.baselines())
+        for score in scores
+    ]
     table = complete(table, NUMBERS)
     for i, other in enumerate(others, 1):
         for column in ("score", "score_low", "score_high", "difference", "low", "high"):
@@ -191,8 +188,7 @@ def paired(rows: pd.DataFrame, score: str) -> pd.DataFrame:
 
 def maps(run: Run, pipeline: str) -> list[dict[str, Any]]:
     """The selection maps of a pipeline, as the run has recorded them."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((run.folder.path / "maps").glob("*.json"))]
-    return [one for one in found if one["pipeline"] == pipeline]
+    return [one for one in run.folder.maps() if one["pipeline"] == pipeline]
 
 
 def extremes(run: Run, table: pd.DataFrame) -> pd.DataFrame:
@@ -247,8 +243,9 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
         ]
         for row in records
     }
-    cut = run.folder.path / "cut.json"
-    facts = page.protocol(spec, table, run.rows, run.times, json.loads(cut.read_text(encoding="utf-8")) if cut.is_file() else {})
+    cut = run.folder.read(run.folder.path / "cut.json", read_json) or {}
+    sittings = run.folder.sittings()
+    facts = page.protocol(spec, run.folder.begun["resolved"], table, run.rows, run.times, cut)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -258,7 +255,7 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
         spec=spec,
         counts={kind: int((table["kind"] == kind).sum()) for kind in ("method", "fewer steps")},
         findings=page.findings(table, spec["margin"]),
-        doubts=page.doubts(table, run.unfinished),
+        doubts=page.doubts(table, run.unfinished, [str(path) for path in run.folder.unreadable], machines(run, sittings)),
         columns=columns,
         rows=[(row, [(column, column.cell(row)) for column in columns]) for row in records],
         kinds=list(dict.fromkeys(table["kind"])),
@@ -267,10 +264,16 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
         failures=page.failures(run.rows, run.times),
         protocol=facts,
         baselines=run.folder.baselines(),
-        sittings=run.folder.sittings(),
+        sittings=sittings,
         versions=run.versions,
         yaml=yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=100),
     )
+
+
+def machines(run: Run, sittings: list[dict[str, Any]]) -> list[str]:
+    """The hardware on which seconds were taken."""
+    taken = set(run.times["sitting"].dropna().astype(int)) if "sitting" in run.times else set()
+    return sorted({str(one.get("hardware")) for number, one in enumerate(sittings) if number in taken})
 
 
 def pair_of(folder: RunFolder, pair: dict[str, Any], source: Callable[[Path], str]) -> dict[str, Any]:

@@ -6,16 +6,19 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
-
-from dit_accel.config import TokenCacheConfig
+from dit_accel import how, when, which
+from dit_accel.config import OutputCacheConfig, TokenCacheConfig
 from dit_accel.eval.prompt_sets import read_prompt_set
+from dit_accel.eval.strict_yaml import Document, SettingError, meant, read_yaml
+from dit_accel.pipelines.loading import DTYPES, OFFLOAD
 from dit_accel.pipelines.methods import SECTIONS, Config
+from dit_accel.pipelines.prompt_sets import is_prompt
 
 # Options whose value may be a list itself: to sweep one, give a list that holds a list.
 LISTS = {name for kind in SECTIONS.values() for name, kinds in kind.kinds().items() for one in kinds if get_origin(one) is tuple}
@@ -30,6 +33,7 @@ class Cell:
     configs: tuple[Config, ...] = ()
     steps: int | None = None  # None: those of the pipeline
     kind: str = "method"  # or "full", "no-op", "fewer steps"
+    code: str = ""  # hash of the selector file, if the cell uses what that registers
 
     def options(self) -> dict[str, Any]:
         """Everything that the cell sets, as plain values."""
@@ -76,19 +80,29 @@ class Spec:
     cells: tuple[Cell, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("pipelines", "prompts", "methods", "scores"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; give at least one.")
         for name in ("pipelines", "prompts", "scores"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} has an entry twice; give each once.")
-        for name in ("seeds", "batch_size", "timing_rounds", "timing_batch_size"):
+            _check_texts(name, getattr(self, name))
+        for i, prompt in enumerate(self.prompts):
+            if not is_prompt(prompt):
+                raise SettingError("{name} holds a text that is empty or not Unicode; leave it out.", "prompts", i)
+        for name in ("seeds", "batch_size", "timing_rounds", "timing_batch_size", "steps", "height", "width"):
+            value, least = getattr(self, name), 1
+            if value is None and name in ("steps", "height", "width"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SettingError(f"{{name}} must be a whole number of at least {least}, not {shown(value)}.", name)
+        if not _is_number(self.margin) or not 0 < self.margin < math.inf:
+            raise SettingError(f"{{name}} must be a number above 0, not {shown(self.margin)}.", "margin")
+        if self.guidance is not None and (not _is_number(self.guidance) or not 0 <= self.guidance < math.inf):
+            raise SettingError(f"{{name}} must be a number of at least 0, not {shown(self.guidance)}.", "guidance")
+        for name, known in (("dtype", ("auto", *DTYPES)), ("offload", OFFLOAD)):
+            if (value := getattr(self, name)) not in known:
+                raise SettingError(f"{{name}} must be one of {', '.join(known)}, not {shown(value)}.{meant(value, known)}", name)
+        for name in ("device", "selector_file"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
-        if isinstance(self.margin, bool) or not isinstance(self.margin, (int, float)) or not self.margin > 0:
-            raise ValueError(f"margin must be a number above 0, not {self.margin!r}.")
-        object.__setattr__(self, "cells", tuple(_cells(self.methods)))
+            if not isinstance(value, str) and not (name == "selector_file" and value is None):
+                raise SettingError(f"{{name}} must be text, not {shown(value)}.", name, quote=True)
+        object.__setattr__(self, "cells", tuple(_cells(self.methods, self.selector_file)))
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values."""
@@ -100,104 +114,202 @@ def read_spec(path: Path | None, **changes: Any) -> Spec:
 
     `prompts` may be a list, or the path of a prompt set; it and `selector_file` are looked for beside the file first.
 
+    Args:
+        path: of the file.
+        changes: settings by name; those that are None are left as they are. Errors call them by the command line's options.
+
     Raises:
         FileNotFoundError: there is no such file or prompt set.
-        ValueError: something in it is wrong; the message says what.
+        ValueError: something in it is wrong; the message says what, and on which line.
     """
-    values = {} if path is None else _values(path)
-    values |= {name: value for name, value in changes.items() if value is not None}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    document = Document({}) if path is None else _document(path)
+    values = document.value | changes
     where = "The evaluation" if path is None else f"{path}"
+    try:
+        return _spec(values, Path() if path is None else path.parent)
+    except SettingError as error:
+        name = str(error.place[0]) if error.place else ""
+        if name in changes:
+            option = option_of(name)
+            said = error.named(option)
+            raise ValueError(said if option in said else f"{option}: {said}") from None
+        if path is None or name not in document.value:
+            raise ValueError(f"{where}: {error}") from None
+        written = document.written.get(error.place)
+        hint = f" Put {written} in quotes to make it text." if error.quote and written else ""
+        raise ValueError(f"{where}, line {document.line(error.place)}: {error}{hint}") from None
+
+
+def _spec(values: dict[str, Any], beside: Path) -> Spec:
     known = [f.name for f in dataclasses.fields(Spec) if f.init]
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{where} sets {', '.join(unknown)}, which is unknown; there are {', '.join(known)}.")
-    if missing := sorted({"pipelines", "prompts", "methods"} - set(values)):
-        raise ValueError(f"{where} does not set {', '.join(missing)}; give a specification, or the options for these.")
-    beside = Path() if path is None else path.parent
+    for name in values:
+        if name not in known:
+            raise SettingError(f"{name} is unknown.{meant(name, known)} The settings are {', '.join(known)}.", name)
+    needed = ("pipelines", "prompts", "methods")
+    if missing := [name for name in needed if name not in values]:
+        options = ", ".join(option_of(name) for name in missing)
+        raise SettingError(f"{', '.join(missing)} must be set; give a specification that does, or {options}.")
+    values = dict(values)
     if isinstance(values["prompts"], str):
         values["prompts"] = read_prompt_set(_found(beside, values["prompts"]))
-    if values.get("selector_file"):
-        values["selector_file"] = str(_found(beside, values["selector_file"]))
-        runpy.run_path(values["selector_file"])
+    if isinstance(file := values.get("selector_file"), str):
+        values["selector_file"] = str(_found(beside, file))
+        _run(values["selector_file"])
     for name in ("pipelines", "prompts", "methods", "scores"):
         if name in values:
             if not isinstance(values[name], (list, tuple)):
-                raise ValueError(f"{where}: {name} must be a list, not {values[name]!r}.")
+                raise SettingError(f"{{name}} must be a list, not {shown(values[name])}.", name)
             values[name] = tuple(values[name])
+    return Spec(**values)
+
+
+def _run(selector_file: str) -> None:
+    if not Path(selector_file).is_file():
+        raise SettingError(f"{{name}} is {selector_file}, which does not exist.", "selector_file")
     try:
-        return Spec(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        runpy.run_path(selector_file)
+    except Exception as error:  # whatever the user's own code raises
+        raise SettingError(f"{{name}} {selector_file} fails: {type(error).__name__}: {error}", "selector_file") from error
 
 
-def _values(path: Path) -> dict[str, Any]:
+def option_of(setting: str) -> str:
+    """The option of `dit-accel-eval run` that changes a setting."""
+    singular = {"pipelines": "pipeline", "methods": "method", "scores": "score"}
+    return f"--{singular.get(setting, setting).replace('_', '-')}"
+
+
+def _document(path: Path) -> Document:
     if not path.is_file():
         raise FileNotFoundError(f"There is no specification {path}; see eval/specs/ for examples.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: this is not UTF-8 text; save the file in UTF-8.") from None
+    document = read_yaml(text, f"{path}")
+    if not isinstance(document.value, dict):
         raise ValueError(f"{path} must hold settings by name, as in eval/specs/.")
-    return values
+    return document
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it."""
+    return "empty" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_texts(name: str, values: Any) -> None:
+    """At least one text, and each once."""
+    if not values:
+        raise SettingError("{name} is empty; give at least one.", name)
+    seen: dict[str, int] = {}
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            raise SettingError(f"{{name}} must hold texts, not {shown(value)}.", name, i, quote=True)
+        if value.strip() in seen:
+            raise SettingError(f"{{name}} has {value.strip()!r} twice; give each once.", name, i)
+        seen[value.strip()] = i
 
 
 def _found(beside: Path, name: str) -> Path:
     return beside / name if (beside / name).is_file() else Path(name)
 
 
-def _cells(methods: tuple[dict[str, Any], ...]) -> list[Cell]:
+def _cells(methods: tuple[dict[str, Any], ...], selector_file: str | None) -> list[Cell]:
     """Full, the cache that caches nothing, and every point of every method's grid."""
+    if not methods:
+        raise SettingError("{name} is empty; give at least one.", "methods")
     cells = [Cell(FULL, kind="full"), Cell(NO_OP, (TokenCacheConfig(interval=1),), kind="no-op")]
-    for method in methods:
-        if not isinstance(method, dict) or not method or set(method) - {*SECTIONS, "steps"}:
-            raise ValueError(f"A method sets cache, merge, output or steps (or several), not {method!r}.")
+    seen = {cell.label for cell in cells}
+    for number, method in enumerate(methods):
+        place = ("methods", number)
+        if not isinstance(method, dict) or not method:
+            raise SettingError(f"A method sets cache, merge, output or steps (or several), not {shown(method)}.", *place)
+        for name in method:
+            if name not in (*SECTIONS, "steps"):
+                hint = meant(name, (*SECTIONS, "steps"))
+                raise SettingError(f"A method sets cache, merge, output or steps (or several), not {name}.{hint}", *place, name)
         if "output" in method and set(method) - {"output", "steps"}:
-            raise ValueError("output works alone; make cache and merge methods of their own.")
-        grids = [_grid(method.get(section) or {}) if section in method else [None] for section in SECTIONS]
-        steps = method.get("steps")
-        for *options, count in itertools.product(*grids, steps if isinstance(steps, list) else [steps]):
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise ValueError(f"steps must be a whole number of at least 1, not {count!r}.")
-            cells.append(_cell(dict(zip(SECTIONS, options, strict=True)), count))
-    seen: set[str] = set()
-    for cell in cells:
-        if cell.label in seen:
-            raise ValueError(f"The method {cell.label!r} comes twice.")
-        seen.add(cell.label)
+            raise SettingError("output works alone; make cache and merge methods of their own.", *place, "output")
+        grids: list[list[Any]] = [_grid(section, method[section], place) if section in method else [None] for section in SECTIONS]
+        for *options, count in itertools.product(*grids, _step_counts(method, place)):
+            cell = _cell(dict(zip(SECTIONS, options, strict=True)), count, selector_file, place)
+            if cell.label in seen:
+                raise SettingError(f"The method {cell.label!r} comes twice.", *place)
+            seen.add(cell.label)
+            cells.append(cell)
     return cells
 
 
-def _cell(sections: dict[str, dict[str, Any] | None], steps: int | None) -> Cell:
+def _step_counts(method: dict[str, Any], place: tuple[Any, ...]) -> list[int | None]:
+    if "steps" not in method:
+        return [None]
+    steps = method["steps"]
+    for i, count in enumerate(counts := steps if isinstance(steps, list) else [steps]):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            where = (*place, "steps", i) if isinstance(steps, list) else (*place, "steps")
+            raise SettingError(f"steps must be a whole number of at least 1, not {shown(count)}.", *where)
+    if not counts:
+        raise SettingError("steps is an empty list; give numbers, or leave it out.", *place, "steps")
+    return list(counts)
+
+
+def _cell(sections: dict[str, dict[str, Any] | None], steps: int | None, selector_file: str | None, place: tuple[Any, ...]) -> Cell:
     configs: list[Config] = []
     words = []
     for section, options in sections.items():
         if options is not None:
             rest = dict(options)
             preset = rest.pop("preset", None) if section == "cache" else None
-            configs.append(TokenCacheConfig.preset(preset, **rest) if preset else SECTIONS[section].from_dict(rest))
+            try:
+                configs.append(TokenCacheConfig.preset(preset, **rest) if preset else SECTIONS[section].from_dict(rest))
+            except (TypeError, ValueError) as error:
+                named = [name for name in options if str(error).startswith(f"{name} ")]
+                named = named or [name for name, value in options.items() if repr(value) in str(error)]
+                hint = meant(options["selector"], which.selectors()) if named == ["selector"] else ""
+                raise SettingError(f"{error}{hint}", *place, section, *named[:1]) from None
             words.append(_label(section, options))
     if steps is not None:
         words.append(f"{steps} steps")
-    return Cell(" + ".join(words), tuple(configs), steps, "method" if configs else "fewer steps")
+    code = ""
+    if selector_file is not None and any(_uses_own_code(config) for config in configs):
+        code = hashlib.sha256(Path(selector_file).read_bytes()).hexdigest()
+    return Cell(" + ".join(words), tuple(configs), steps, "method" if configs else "fewer steps", code)
+
+
+def _uses_own_code(config: Config) -> bool:
+    """Whether a configuration names a function that is not dit_accel's."""
+    used: list[Any] = [which.get(config.selector).score] if isinstance(config, (TokenCacheConfig, OutputCacheConfig)) else []
+    if isinstance(config, OutputCacheConfig):
+        used += [how.get(config.how), *([when.get(config.when)] if isinstance(config.when, str) else [])]
+    return not all(str(getattr(function, "__module__", "")).startswith("dit_accel.") for function in used)
 
 
 def _label(method: str, options: dict[str, Any]) -> str:
     def text(value: Any) -> str:
-        return (
-            "x".join(map(str, value))
-            if isinstance(value, (list, tuple))
-            else f"{value:g}"
-            if isinstance(value, float)
-            else f"{value}"
-        )
+        if isinstance(value, (list, tuple)):
+            return "x".join(map(str, value))
+        return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else f"{value}"
 
     return " ".join([method, *(f"{name}={text(value)}" for name, value in options.items())])
 
 
-def _grid(options: dict[str, Any]) -> list[dict[str, Any]]:
+def _grid(section: str, options: Any, place: tuple[Any, ...]) -> list[dict[str, Any]]:
     """All combinations of options whose values are lists."""
+    if not isinstance(options, dict):
+        raise SettingError(f"{section} must be options by name, or {{}} for its defaults, not {shown(options)}.", *place, section)
+    known = [f.name for f in dataclasses.fields(SECTIONS[section])] + (["preset"] if section == "cache" else [])
     choices = []
     for name, value in options.items():
+        if name not in known:
+            hint = f"{meant(name, known)} Its options are {', '.join(known)}."
+            raise SettingError(f"{SECTIONS[section].__name__} has no option {name}.{hint}", *place, section, name)
+        if value == []:
+            raise SettingError(f"{name} is an empty list; give values, or leave it out.", *place, section, name)
         sweeps = isinstance(value, list) and not (name in LISTS and not any(isinstance(part, list) for part in value))
         choices.append([(name, one) for one in (value if sweeps else [value])])
     return [dict(combination) for combination in itertools.product(*choices)]

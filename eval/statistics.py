@@ -218,8 +218,8 @@ def non_inferior(difference: Difference, margin: float) -> bool | None:
     that does not matter, in the unit of the values, declared before the results are seen.
 
     The level holds for differences that are spread evenly. Where a few prompts lose much and most nothing, any method errs more
-    often, the fewer prompts the more: in a simulation at most 6 % of the time from `FEWEST` prompts on if the losses are
-    exponentially distributed; `tests/eval/test_statistics.py` repeats it.
+    often, the fewer prompts the more: in a simulation 6 % of the time with `FEWEST` prompts whose losses are exponentially
+    distributed; `tests/eval/test_statistics.py` repeats it.
 
     Returns:
         None with fewer than `FEWEST` prompts, from which no verdict can be had.
@@ -251,8 +251,8 @@ def compare(
 
     Returns:
         One row a method, indexed by its name: `n` prompts compared, `mean` and `baseline_mean` over them, their `difference`,
-        its interval from `low` to `high`, `p`, `p_holm` over all rows, `non_inferior` (None with too few prompts), and the number of
-        `excluded` prompts.
+        its interval from `low` to `high`, `p`, `p_holm` over all rows, `non_inferior` (None with too few prompts), and the number
+        of `excluded` prompts.
 
     Raises:
         ValueError: the baseline is not in the table, or a method shares fewer than two prompts with it; else as `paired` and

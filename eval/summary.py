@@ -105,7 +105,7 @@ def _matched(
     rows: pd.DataFrame, times: pd.DataFrame, score: str, margin: float, resamples: int, counts: dict[str, list[str]]
 ) -> pd.DataFrame:
     """One row a method that was timed: its paired difference to the run with fewer steps that takes its seconds."""
-    if score not in rows or times.empty:
+    if score not in rows or "denoising_seconds" not in times:
         return pd.DataFrame(columns=["matched"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -149,6 +149,13 @@ def verdict(row: dict[str, Any]) -> str:
     far = f"; {matched} took {seconds:.2f} times its seconds" if abs(seconds - 1) > FAR else ""
     difference = f"{row['matched_difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
     return f"{found} at its seconds: {difference}, p {row['matched_p_holm']:.3f} (Holm){far}"
+
+
+def non_inferior_text(row: dict[str, Any]) -> str:
+    """Of a row of `summarise`: yes, no, too few prompts, or nothing where it was not compared with full."""
+    if pd.isna(row.get("difference")):
+        return ""
+    return "too few prompts" if pd.isna(row["non_inferior"]) else "yes" if row["non_inferior"] else "no"
 
 
 def _cost(times: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from dit_accel.eval.folder import RunFolder, write_json, write_table
+from dit_accel.eval.folder import RunFolder, fewer_steps, read_table, write_json, write_table
 from dit_accel.eval.measuring import Bench, Measured
 from dit_accel.eval.spec import FULL, NO_OP, Cell, Spec, noise_seed
 
@@ -21,6 +21,8 @@ class Watcher:
     def stage(self, name: str, total: int, done: int = 0) -> None: ...
 
     def advance(self, amount: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 def one_round(bench: Bench, cells: Sequence[Cell], spec: Spec, number: int, watcher: Watcher) -> list[dict[str, Any]]:
@@ -72,34 +74,73 @@ def matching_steps(rows: Sequence[dict[str, Any]], steps: int) -> dict[int, list
 def with_baselines(folder: RunFolder, spec: Spec, pipeline: str) -> tuple[Cell, ...]:
     """The cells of the specification, and the fewer steps that `take_times` found for this pipeline."""
     own = {cell.label for cell in spec.cells}
-    counts = [int(count) for count in folder.baselines().get(pipeline, {})]
-    return (*spec.cells, *(Cell(f"{n} steps", (), n, "fewer steps") for n in counts if f"{n} steps" not in own))
+    cells = [fewer_steps(int(count)) for count in folder.baselines().get(pipeline, {})]
+    return (*spec.cells, *(cell for cell in cells if cell.label not in own))
 
 
 def take_times(bench: Bench, folder: RunFolder, spec: Spec, shared: bool, sitting: int, watcher: Watcher) -> None:
-    """Find the baselines of a pipeline if that has not been done, then time all cells, `timing_rounds` times.
+    """Find the baselines of methods that have none yet, then time all cells, `timing_rounds` times.
 
-    A round is written when it is whole, so one that was interrupted is taken again.
+    A round is written when it is whole. One that was interrupted, or that lacks a method, is taken again with all of them: ratios
+    are only taken between seconds of one round.
 
     Args:
         shared: whether other processes compute on this device at the same time; the rows then say that they cannot be compared.
         sitting: see `RunFolder.sit_down`.
     """
-    pipeline, index = bench.name, spec.pipelines.index(bench.name)
-    left = [number for number in range(1, spec.timing_rounds + 1) if not folder.timing(index, number).exists()]
-    if pipeline in folder.baselines() and not left:
+    pipeline, warm = bench.name, find_baselines(bench, folder, spec, watcher)
+    left = missing_rounds(folder, spec, pipeline)
+    if not left:
         return
-    known = pipeline in folder.baselines()
     cells = with_baselines(folder, spec, pipeline)
-    watcher.stage(f"{pipeline}: warm-up for the seconds", len(cells) * (1 if known else 1 + PROBES))
-    one_round(bench, cells, spec, 0, watcher)
-    if not known:
-        probes = [row for n in range(PROBES) for row in one_round(bench, cells, spec, -1 - n, watcher)]
-        found = {str(count): matched for count, matched in matching_steps(probes, bench.settings.steps).items()}
-        write_json(folder.path / "baselines.json", folder.baselines() | {pipeline: found})
-        cells = with_baselines(folder, spec, pipeline)
+    keys = {cell.label: folder.key(pipeline, cell) for cell in cells}
+    if not warm:
+        watcher.stage(f"{pipeline}: warm-up for the seconds", len(cells))
+        one_round(bench, cells, spec, 0, watcher)
     watcher.stage(f"{pipeline}: seconds", len(cells) * spec.timing_rounds, len(cells) * (spec.timing_rounds - len(left)))
     for number in left:
         rows = one_round(bench, cells, spec, number, watcher)
         common = {"pipeline": pipeline, "comparable": not shared, "sitting": sitting}
-        write_table(folder.timing(index, number), [common | row for row in rows])
+        write_table(folder.timing(pipeline, number), [common | row | {"cell": keys[row["method"]]} for row in rows])
+
+
+def find_baselines(bench: Bench, folder: RunFolder, spec: Spec, watcher: Watcher) -> bool:
+    """Find the fewer steps that match methods for which none were looked for, and forget those of methods that are gone.
+
+    Returns:
+        Whether all cells are warmed up by it.
+    """
+    pipeline, probed = bench.name, folder.probed()
+    methods = {cell.label: folder.key(pipeline, cell) for cell in spec.cells if cell.kind == "method"}
+    known = probed.get(pipeline, {"steps": {}, "methods": {}})
+    if pipeline in probed and known["methods"] == methods:
+        return False
+    names = {old: label for old, key in known["methods"].items() for label, other in methods.items() if key == other}
+    new = set(methods) - set(names.values())
+    found: dict[str, list[str]] = {}
+    if new:
+        cells = with_baselines(folder, spec, pipeline)
+        probing = [cell for cell in cells if cell.kind in ("full", "no-op") or cell.label in new]
+        watcher.stage(f"{pipeline}: warm-up for the seconds", len(cells) + PROBES * len(probing))
+        one_round(bench, cells, spec, 0, watcher)
+        rows = [row for n in range(PROBES) for row in one_round(bench, probing, spec, -1 - n, watcher)]
+        found = {str(count): matched for count, matched in matching_steps(rows, bench.settings.steps).items()}
+    old = {
+        count: [f"{what} of {names[method]}" for what, method in (one.split(" of ", 1) for one in of) if method in names]
+        for count, of in known["steps"].items()
+    }
+    counts = sorted({count for count, of in old.items() if of} | set(found), key=int, reverse=True)
+    steps = {count: [*old.get(count, []), *found.get(count, [])] for count in counts}
+    write_json(folder.path / "baselines.json", probed | {pipeline: {"steps": steps, "methods": methods}})
+    return bool(new)
+
+
+def missing_rounds(folder: RunFolder, spec: Spec, pipeline: str) -> list[int]:
+    """Rounds that have not been taken with all cells."""
+    keys = {folder.key(pipeline, cell) for cell in with_baselines(folder, spec, pipeline)}
+    missing = []
+    for number in range(1, spec.timing_rounds + 1):
+        table = folder.read(folder.timing(pipeline, number), read_table)
+        if table is None or not keys <= set(table["cell"]):
+            missing.append(number)
+    return missing

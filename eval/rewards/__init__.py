@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dit_accel.eval.rewards.clip_score import ClipScore
 from dit_accel.eval.rewards.image_reward import ImageReward, build_image_reward
 from dit_accel.eval.rewards.package import PackageImageReward
+from dit_accel.eval.strict_yaml import meant
 from dit_accel.pipelines.catalog import samples_folder
 
-__all__ = ["ClipScore", "ImageReward", "PackageImageReward", "build_image_reward", "load_reward"]
+__all__ = ["ClipScore", "ImageReward", "PackageImageReward", "build_image_reward", "check_reward", "load_reward"]
 
-KINDS = {
+KINDS: dict[str, Callable[..., Any]] = {
     "image-reward": ImageReward.from_checkpoint,
     "clip-score": ClipScore.from_checkpoint,
     "image-reward-package": PackageImageReward,
@@ -30,12 +32,18 @@ def load_reward(name: str, *, device: str = "cpu") -> Any:
     Raises:
         ValueError: there is no such reward.
     """
+    check_reward(name)
     kind, _, checkpoint = name.partition(":")
     if name == "emoji-reward":
         kind, checkpoint = "image-reward", str(samples_folder() / "emoji-reward")
-    if kind not in KINDS:
-        raise ValueError(
-            f"There is no reward {name!r}; choose one of emoji-reward, {', '.join(KINDS)}, or one of these with a checkpoint, "
-            "as in clip-score:openai/clip-vit-large-patch14."
-        )
     return KINDS[kind](*([checkpoint] if checkpoint else []), device=device)
+
+
+def check_reward(name: str) -> None:
+    """ValueError if there is no reward of this name; whether it can be loaded, `load_reward` tells."""
+    kind = name.partition(":")[0]
+    if kind not in KINDS and name != "emoji-reward":
+        raise ValueError(
+            f"There is no reward {name!r}.{meant(kind, ('emoji-reward', *KINDS))} Choose one of emoji-reward, {', '.join(KINDS)}, "
+            "or one of these with a checkpoint, as in clip-score:openai/clip-vit-large-patch14."
+        )

@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dit_accel.eval import cli, drawing, figures, page
-from dit_accel.eval.folder import RunFolder, write_json, write_table
+from dit_accel.eval.folder import RunFolder, fewer_steps, write_json, write_table
 from dit_accel.eval.report import extremes, read_run, write_report
 from dit_accel.eval.summary import summarise
 
@@ -33,6 +33,7 @@ METHODS = [
     "merge ratio=0.5",
 ]
 PROMPTS = ["crab, 3d style", "red apple, flat style", "cactus", "a tiger"]
+MORE = [*PROMPTS, "a fox", "teapot", "drum", "owl"]  # enough for verdicts
 HOSTILE = '<script>document.title="taken"</script> & "quotes" ]]> --'
 
 
@@ -52,6 +53,28 @@ def make_run(
     rng = np.random.default_rng(0)
     cells = [("full", "full", 20), ("no-op cache", "no-op", 20), *((name, "method", 20) for name in methods)]
     cells += [("10 steps", "fewer steps", 10), ("5 steps", "fewer steps", 5)]
+    spec = {
+        "pipelines": pipelines,
+        "prompts": prompts,
+        "methods": [{"cache": {"selector": "random", "interval": 3}}],
+        "seeds": seeds,
+    }
+    spec |= {"scores": scores, "margin": 0.1, "steps": 20, "guidance": None, "height": None, "width": None, "batch_size": 4}
+    spec |= {
+        "timing_rounds": rounds,
+        "timing_batch_size": 1,
+        "dtype": "auto",
+        "device": "auto",
+        "offload": "none",
+        "selector_file": None,
+    }
+    begun = {"spec": spec, "versions": {"torch": "2.13.0", "diffusers": "0.42.1"}, "batches": []}
+    begun |= {
+        "labels": {"all": {name: name for name, kind, _ in cells if kind != "fewer steps"}},
+        "resolved": {"dtype": "float32", "device": "cpu"},
+    }
+    write_json(path / "spec.json", begun)
+    folder = RunFolder(path)
     rows, times = [], []
     for p, pipeline in enumerate(pipelines):
         base = {(prompt, seed): rng.normal(0.8, 0.5, len(scores)) for prompt in prompts for seed in range(seeds)}
@@ -62,6 +85,7 @@ def make_run(
             work = {"flops": 1e10 / ratio, "full_flops": 1e10 * steps / 20, "peak_memory": None}
             work |= {"cache_bytes": 2**20 * 3.0 if kind == "method" else math.nan}
             common = {"pipeline": pipeline, "method": method, "kind": kind, "error": None, "steps": steps}
+            common |= {"cell": folder.key(pipeline, fewer_steps(steps)) if kind == "fewer steps" else method}
             for i, (prompt, seed) in enumerate((a, b) for a in prompts for b in range(seeds)):
                 score = base[prompt, seed] - (0 if plain else rng.normal(loss, 0.05, len(scores)))
                 picture = Path("pictures", f"{p:02}", f"{number:02}", f"{i:04}.png")
@@ -79,28 +103,20 @@ def make_run(
                 times.append({**common, **work, **cost, "sitting": 0})
             if kind == "method" and method.startswith("cache") and maps:
                 share = np.round(rng.uniform(0, 0.4, (8, 8)) + np.linspace(0, 0.3, 8), 4)
-                record = {"pipeline": pipeline, "method": method, "grid": [8, 8], "share": share.tolist(), "uniformity": 0.97}
+                record = {
+                    "pipeline": pipeline,
+                    "method": method,
+                    "cell": method,
+                    "grid": [8, 8],
+                    "share": share.tolist(),
+                    "uniformity": 0.97,
+                }
                 write_json(
                     path / "maps" / f"{p:02}-{number:04}.json", record | {"row_bias": 0.1, "column_bias": 0.6, "pictures": 2}
                 )
-    spec = {
-        "pipelines": pipelines,
-        "prompts": prompts,
-        "methods": [{"cache": {"selector": "random", "interval": 3}}],
-        "seeds": seeds,
-    }
-    spec |= {"scores": scores, "margin": 0.1, "steps": 20, "guidance": None, "height": None, "width": None, "batch_size": 4}
-    spec |= {
-        "timing_rounds": rounds,
-        "timing_batch_size": 1,
-        "dtype": "auto",
-        "device": "auto",
-        "offload": "none",
-        "selector_file": None,
-    }
-    write_json(path / "spec.json", {"spec": spec, "versions": {"torch": "2.13.0", "diffusers": "0.42.1"}})
     write_json(path / "cut.json", {score: 1 for score in scores})
-    write_json(path / "baselines.json", {name: {"10": [f"seconds of {methods[0]}"], "5": []} for name in pipelines})
+    steps = {"10": [f"seconds of {methods[0]}"], "5": []}
+    write_json(path / "baselines.json", {name: {"steps": steps, "methods": {}} for name in pipelines})
     sitting = {"started": "2026-01-02 03:04:05", "device": "cpu", "processes": 1, "hardware": "Some CPU", "threads": 4, "cores": 8}
     write_json(path / "sittings" / "000.json", sitting | {"python": "3.11.7", "platform": "Linux"})
     write_table(path / "results.parquet", rows)
@@ -182,7 +198,7 @@ def test_table_agrees_with_the_rows(run: Path, html: str) -> None:
             assert row["difference to full"][0] == f"{(scores[method] - scores['full']).mean():+.3f}"
             error = rows.loc[rows["method"] == method, "squared_error"].mean()
             assert row["PSNR, dB"][0] == f"{10 * math.log10(255**2 / error):.1f}"
-            assert row["non-inferior"] == ["yes" if float(row["difference to full"][1][1:].split(",")[0]) > -0.1 else "no"]
+            assert row["non-inferior"] == ["too few prompts"]
     assert shown["full"]["difference to full"] == ["–"]
     assert shown["5 steps"]["FLOPs ratio"] == ["4.00"]
     assert shown["no-op cache"]["PSNR, dB"] == ["identical"] and shown["no-op cache"]["identical"] == ["100%"]
@@ -200,6 +216,55 @@ def test_table_agrees_with_the_summary(run: Path, html: str) -> None:
             assert row["p (Holm)"] == [f"{one['p_holm']:.3f}"]
     front = set(re.findall(r'data-name="([^"]*)"[^>]*class="[^"]*front', html))
     assert front == set(summary.index[summary["pareto"]])
+
+
+def test_verdicts(tmp_path: Path) -> None:
+    """Non-inferior, and against fewer steps at the same seconds, from the tables alone; both in words above the table."""
+    path = make_run(tmp_path / "run", METHODS[:2], MORE, pictures=False, maps=False)
+    steps = {"10": [f"seconds of {METHODS[0]}"]}
+    write_json(path / "baselines.json", {"emoji-flux": {"steps": steps, "methods": {}}})
+    better = lambda t: t["method"] == METHODS[0]
+    rows = pd.read_parquet(path / "results.parquet")
+    change(path, "results", better, **{"emoji-reward": rows.loc[better(rows), "emoji-reward"] + 0.2})
+    html = written(path)
+    shown = Table(html).by_method()
+    rows = pd.read_parquet(path / "results.parquet")
+    scores = rows.pivot_table(index="prompt", columns="method", values="emoji-reward")
+    for method in METHODS[:2]:
+        low = float(shown[method]["difference to full"][1][1:].split(",")[0])
+        assert shown[method]["non-inferior"] == ["yes" if low > -0.1 else "no"]
+    one = shown[METHODS[0]]
+    assert one["against fewer steps"][0] == f"{(scores[METHODS[0]] - scores['10 steps']).mean():+.3f}"
+    assert one["against fewer steps"][1].endswith("] 10 steps")
+    assert one["verdict"][0].startswith("better than 10 steps at its seconds: " + one["against fewer steps"][0])
+    assert shown[METHODS[1]]["verdict"] == ["no faster than full"] and shown["10 steps"]["verdict"] == ["–"]
+    assert f"1 of 2 does better than fewer steps at the same seconds: {METHODS[0]}." in html
+    assert "too few prompts for a verdict" in written(make_run(tmp_path / "few", METHODS[:1], pictures=False, maps=False))
+
+
+def test_what_cannot_be_read_is_named_and_what_is_there_is_shown(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", METHODS[:1], pictures=False)
+    rows, times = (pd.read_parquet(path / f"{name}.parquet") for name in ("results", "timing"))
+    for number, some in rows.groupby("method", sort=False):
+        write_table(path / "rows" / f"{number}.parquet".replace(" ", "-"), some)
+    write_table(path / "timing" / "1.parquet", times)
+    for broken in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sittings/000.json"):
+        (path / broken).write_bytes(b"")
+    (path / "maps" / "extra.json").write_text("[1, 2")
+    html = written(path)
+    assert "32 of 40 pictures" in html
+    for broken in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sittings/000.json", "maps/extra.json"):
+        assert str(path / broken) in html
+    (path / "spec.json").write_text("")
+    done = CliRunner().invoke(cli.app, ["report", str(path)])
+    assert done.exit_code == 2 and "no spec.json that can be read" in done.output.replace("\n", " ").replace("│ │", "")
+
+
+def test_seconds_of_different_hardware_are_doubted() -> None:
+    table = pd.DataFrame({"pipeline": ["p"], "kind": ["method"], "identical": [0.0], "compared": [1], "failed": [0]})
+    assert page.doubts(table.assign(comparable=True), "", machines=["A"]) == []
+    (text,) = page.doubts(table.assign(comparable=True), "", machines=["A", "B"])
+    assert "different hardware: A, B" in text
 
 
 def test_figures_come_as_png_and_csv(run: Path) -> None:
@@ -287,6 +352,7 @@ def test_findings_name_the_fastest_of_the_non_inferior(run: Path) -> None:
             "speedup": [1.0, 1.5, 2.0, 9.0, 4.0],
             "difference": -0.01,
             "comparable": True,
+            "matched_difference": math.nan,
         }
     ).assign(speedup_low=1.0, speedup_high=3.0, low=-0.02, high=0.01)
     (text,) = page.findings(table, 0.1)
@@ -371,7 +437,7 @@ def test_unfinished_run(tmp_path: Path) -> None:
 def test_rows_that_all_failed(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", METHODS[:1], maps=False)
     rows = pd.read_parquet(path / "results.parquet").assign(error="RuntimeError: x")
-    bare = ["pipeline", "method", "kind", "prompt", "prompt_number", "seed", "error"]
+    bare = ["pipeline", "method", "kind", "cell", "prompt", "prompt_number", "seed", "error"]
     for name in ("results", "timing"):
         (path / f"{name}.parquet").unlink()
     write_table(path / "rows" / "00-0000-00000.parquet", rows[bare])
@@ -410,7 +476,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert Path(done.output.strip()) == tmp_path / "here" / "index.html" and Path(done.output.strip()).is_file()
     missing = runner.invoke(cli.app, ["report", str(tmp_path)])
-    assert missing.exit_code == 1 and "is no run" in missing.output
+    assert missing.exit_code == 2 and "is no run" in missing.output
     assert "FileNotFoundError" not in missing.output
 
 

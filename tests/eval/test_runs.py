@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,10 +25,12 @@ from typer.testing import CliRunner
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from dit_accel.eval import cli, runs
+from dit_accel.eval import cli, runs, timing
 from dit_accel.eval.fidelity import squared_error, ssim
+from dit_accel.eval.folder import RunFolder, grown
+from dit_accel.eval.measuring import Bench
 from dit_accel.eval.rewards import ImageReward
-from dit_accel.eval.spec import noise_seed
+from dit_accel.eval.spec import Spec, noise_seed
 from dit_accel.eval.timing import matching_steps
 from dit_accel.pipelines.loading import load
 
@@ -38,6 +45,11 @@ def evaluate(spec, output, *arguments, code=0):
     result = CliRunner().invoke(cli.app, ["run", str(spec), "--output", str(output), *map(str, arguments)], env={"COLUMNS": "240"})
     assert result.exit_code == code, result.output
     return result
+
+
+def words(text: str) -> str:
+    """An error without the frame around it."""
+    return " ".join(text.replace("│", " ").split())
 
 
 def rows_of(output) -> pd.DataFrame:
@@ -157,22 +169,205 @@ def test_the_same_again_does_nothing(finished):
 def test_a_changed_specification_is_noticed_before_anything_is_made(finished):
     output, _ = finished
     spec = output.parent / "spec.yaml"
-    result = evaluate(spec, output, "--seeds", 3, code=1)
-    assert "seeds was 2 and is 3" in result.stderr and "--output" in result.stderr
+    for changes, said in (
+        (("--steps", 3), "steps was 4 and is 3"),
+        (("--seeds", 1), "seeds was 2 and is 1, which is fewer"),
+        (("--margin", 0.2), "margin was 0.1 and is 0.2"),
+        (("--dtype", "bfloat16"), 'dtype was "float32" and is "bfloat16"'),
+    ):
+        result = evaluate(spec, output, *changes, code=2)
+        assert said in words(result.stderr) and "--output" in words(result.stderr)
     (output.parent / "other").mkdir(exist_ok=True)
     (output.parent / "other/notes.txt").write_text("mine")
-    assert "is no run" in evaluate(spec, output.parent / "other", code=1).stderr
+    assert "is no run" in words(evaluate(spec, output.parent / "other", code=2).stderr)
+
+
+def test_what_auto_became_is_kept_and_printed(finished):
+    """Naming the dtype and device that "auto" stands for changes nothing."""
+    output, result = finished
+    assert json.loads((output / "spec.json").read_text())["resolved"] == {"dtype": "float32", "device": "cpu"}
+    assert "float32 on cpu" in result.stderr
+    rows = rows_of(output)
+    evaluate(output.parent / "spec.yaml", output, "--dtype", "float32", "--device", "cpu")
+    pd.testing.assert_frame_equal(rows, rows_of(output))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pipelines": ["emoji-flx"]}, "There is no pipeline 'emoji-flx'"),
+        ({"scores": ["emoji-rewrd"]}, "Did you mean emoji-reward"),
+        ({"scores": ["image-reward:/nowhere"]}, "/nowhere"),
+        ({"methods": [{"cache": {"selector": "cross-entropy"}}]}, "cannot run the method 'cache selector=cross-entropy'"),
+        ({"methods": [{"merge": {"merge_cross_attention": True}}]}, "has no cross-attention"),
+        ({"methods": [{"cache": {"intervall": 3}}]}, "Did you mean interval"),
+        ({"height": 65}, "height and width must be multiples"),
+        ({"guidance": "high"}, "guidance must be a number"),
+        ({"offload": "model"}, "offload 'model' needs a GPU"),
+        ({"device": "cpuu"}, "cpuu"),
+        ({"prompts": "none.txt"}, "none.txt"),
+    ],
+)
+def test_what_is_wrong_begins_no_folder(spec_file, tmp_path, changes, said):
+    result = evaluate(spec_file(**changes), tmp_path / "run", code=2)
+    assert said in words(result.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_grows(finished, tmp_path):
+    """A method, a seed, a round and a prompt at the end: what was made stays as it is."""
+    output, _ = finished
+    run = tmp_path / "run"
+    shutil.copytree(output, run)
+    values = yaml.safe_load((output.parent / "spec.yaml").read_text())
+    values |= {"prompts": [*values["prompts"], "tiger"], "seeds": 3, "timing_rounds": 3}
+    values["methods"] = [{"cache": {"interval": 2, "cache_ratio": 0.5, "selector": ["random", "k-norm", "v-norm"]}}]
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    old = rows_of(output)
+    old["method"] = old["method"].replace(r"cache (selector=\S+) (.*)", r"cache \2 \1", regex=True)  # options in another order
+    stamps = {path: path.stat().st_mtime_ns for folder in ("rows", "pictures") for path in (run / folder).rglob("*.p*")}
+    evaluate(tmp_path / "spec.yaml", run)
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    rows = rows_of(run)
+    assert (rows.groupby("method").size() == 4 * 3).all() and rows["error"].isna().all() and not rows.duplicated(KEYS).any()
+    both = old.merge(rows, on=KEYS, suffixes=("", "_now"))
+    assert len(both) == len(old) and both["squared_error"].equals(both["squared_error_now"])
+    assert (rows.loc[rows["kind"] == "no-op", "squared_error"] == 0).all()
+    times = pd.read_parquet(run / "timing.parquet")
+    assert sorted(times["round"].unique()) == [1, 2, 3]
+    assert all(set(some["method"]) == set(rows["method"]) for _, some in times.groupby("round"))
+    probed = json.loads((run / "baselines.json").read_text())
+    assert len(next(iter(probed.values()))["methods"]) == 3
+
+
+def test_prompts_are_added_at_the_end_only(finished, tmp_path):
+    output, _ = finished
+    values = yaml.safe_load((output.parent / "spec.yaml").read_text())
+    spec = tmp_path / "spec.yaml"
+    for prompts, said in (
+        (["tiger", *values["prompts"]], 'prompt 1 was "red apple" and is "tiger"'),
+        (values["prompts"][:2], 'prompt 3 was "crab, flat style" and is gone'),
+    ):
+        spec.write_text(yaml.safe_dump(values | {"prompts": prompts}))
+        assert said in words(evaluate(spec, output, code=2).stderr)
+
+
+def test_a_changed_selector_file_makes_only_its_methods_anew(spec_file, tmp_path):
+    code = "import dit_accel\n@dit_accel.register_selector('mine', per_picture=False)\ndef mine(ctx):\n    return {}ctx.noise\n"
+    methods = [{"cache": {"selector": ["random", "mine"], "interval": 2, "cache_ratio": 0.5}}]
+    methods_of = [f"cache selector={name} interval=2 cache_ratio=0.5" for name in ("random", "mine")]
+    spec = spec_file(methods=methods, selector_file="mine.py", seeds=1, timing_rounds=1)
+    command = [*COMMAND, str(spec), "--output", str(tmp_path / "run")]
+    stamps = []
+    for sign in ("", "-"):
+        (tmp_path / "mine.py").write_text(code.format(sign))
+        done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=540)
+        assert done.returncode == 0, done.stderr
+        stamps.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/rows").iterdir()})
+    assert stamps[0].items() <= stamps[1].items()
+    new = pd.concat(pd.read_parquet(tmp_path / "run/rows" / name) for name in set(stamps[1]) - set(stamps[0]))
+    assert {name for name, kind in zip(new["method"], new["kind"], strict=True) if kind != "fewer steps"} == {methods_of[-1]}
+    rows = rows_of(tmp_path / "run")
+    assert (rows.groupby("method").size() == 3).all()
+
+
+def test_files_that_cannot_be_read_are_made_anew(finished, tmp_path):
+    output, _ = finished
+    run = tmp_path / "run"
+    shutil.copytree(output, run)
+    row = next(path for path in sorted((run / "rows").iterdir()) if "k-norm" in pd.read_parquet(path)["method"].iloc[0])
+    full = next((run / "pictures").rglob("full-*/0000-00.png"))
+    broken = [row, next((run / "timing").iterdir()), full, next((run / "maps").iterdir()), run / "baselines.json"]
+    broken += [run / "sittings/000.json", run / "cut.json", run / "results.parquet"]
+    for i, path in enumerate(broken):
+        path.write_bytes(path.read_bytes()[: 20 * (i % 2)])
+    result = evaluate(output.parent / "spec.yaml", run)
+    same_rows(rows_of(output), rows_of(run))
+    for path in broken[:5]:
+        assert f"{path} cannot be read and counts as missing" in result.stderr
+    for path in [*broken[:2], run / "results.parquet"]:
+        pd.read_parquet(path)
+    for path in [*broken[3:5], run / "cut.json"]:
+        json.loads(path.read_text())
+    assert np.array_equal(np.asarray(Image.open(full)), np.asarray(Image.open(output / full.relative_to(run))))
+
+
+def test_a_lost_specification_file_costs_nothing(finished, tmp_path):
+    output, _ = finished
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run/spec.json").write_bytes(b"")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/rows").iterdir()}
+    result = evaluate(output.parent / "spec.yaml", tmp_path / "run")
+    assert "spec.json cannot be read and counts as missing" in result.stderr
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    pd.testing.assert_frame_equal(rows_of(output), rows_of(tmp_path / "run"))
+
+
+def test_two_starts_in_one_folder(finished, tmp_path):
+    """The second one is refused by name; the lock of a process that was killed is free."""
+    output, _ = finished
+    run = tmp_path / "run"
+    shutil.copytree(output, run)
+    code = "import time; from pathlib import Path; from dit_accel.eval.folder import RunFolder\n"
+    code += f"with RunFolder(Path({str(run)!r})).locked():\n    print('locked', flush=True)\n    time.sleep(600)\n"
+    holder = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    said = evaluate(output.parent / "spec.yaml", run, code=1).stderr
+    assert f"is in use by process {holder.pid} on {socket.gethostname()} since 20" in said
+    holder.kill()
+    holder.communicate()
+    assert json.loads((run / "running.json").read_text())["pid"] == holder.pid
+    evaluate(output.parent / "spec.yaml", run)
+    assert not (run / "running.json").exists()
+
+
+def test_check_says_what_would_run_and_writes_nothing(finished, spec_file, tmp_path):
+    output, _ = finished
+    new = tmp_path / "run"
+    done = CliRunner().invoke(cli.app, ["check", str(spec_file()), "--output", str(new)], env={"COLUMNS": "240"})
+    assert done.exit_code == 0, done.output
+    assert not new.exists()
+    said = words(done.stdout)
+    for text in ("cache selector=k-norm interval=2 cache_ratio=0.5", "no-op cache", "float32 on cpu", "Made already: 0 pictures"):
+        assert text in said
+    assert re.search(r"About \d+:\d\d:\d\d", said) and "at most 3" in said  # of four steps
+    again = CliRunner().invoke(cli.app, ["check", str(spec_file()), "--output", str(output)], env={"COLUMNS": "240"})
+    assert f"Made already: {len(rows_of(output))} pictures" in words(again.stdout)
+    changed = CliRunner().invoke(cli.app, ["check", str(spec_file()), "--output", str(output), "--steps", "3"])
+    assert changed.exit_code == 2 and "steps was 4 and is 3" in words(changed.stderr)
+    wrong = CliRunner().invoke(cli.app, ["check", str(spec_file()), "--method", "cache: {selector: cross-entropy}"])
+    assert wrong.exit_code == 2 and "cross-entropy" in words(wrong.stderr)
+
+
+def test_errors_are_text_not_markup(spec_file, tmp_path, monkeypatch):
+    def denoise(self, batch, *arguments):
+        raise RuntimeError("bad [/red] [bold]tag[/] [link=x]")
+
+    monkeypatch.setattr(runs.Measured, "__call__", denoise)
+    result = evaluate(spec_file(seeds=1, timing_rounds=1, prompts=["[/] crab [red]"]), tmp_path / "[red]run[/]", code=1)
+    assert "bad [/red] [bold]tag[/] [link=x]" in result.stderr and "'[/] crab [red]'" in result.stderr
+    wrong = evaluate(spec_file(pipelines=["[/red]x"]), tmp_path / "other", code=2)
+    assert "[/red]x" in words(wrong.stderr)
+
+
+def test_version():
+    from importlib.metadata import version
+
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout == f"dit-accel-eval {version('dit-accel')}\n"
 
 
 def test_a_failing_prompt_and_a_failing_method_do_not_end_the_run(spec_file, tmp_path, monkeypatch):
-    spec = spec_file(
-        methods=[{"cache": {"selector": "k-norm", "interval": 2}}, {"merge": {"merge_cross_attention": True}}], timing_rounds=1
-    )
+    spec = spec_file(methods=[{"cache": {"selector": "k-norm", "interval": 2}}, {"merge": {"ratio": 0.5}}], timing_rounds=1)
     true_denoise = runs.Measured.__call__
 
     def denoise(self, batch, *arguments):
         if self.cell.kind == "method" and any(prompt == "green cat" for prompt, _ in batch):
             raise RuntimeError("no green cats today")
+        return no_merging(self, batch, *arguments)
+
+    def no_merging(self, batch, *arguments):
+        if self.cell.label.startswith("merge"):
+            raise RuntimeError("nothing can be merged")
         return true_denoise(self, batch, *arguments)
 
     with monkeypatch.context() as patched:
@@ -183,11 +378,12 @@ def test_a_failing_prompt_and_a_failing_method_do_not_end_the_run(spec_file, tmp
     cats = failed[failed["method"].str.startswith("cache")]
     assert set(cats["prompt"]) == {"green cat"} and set(cats["error"]) == {"RuntimeError: no green cats today"}
     merged = rows[rows["method"].str.startswith("merge")]
-    assert len(merged) == 6 and merged["error"].notna().all() and "cross-attention" in merged["error"].iloc[0]
+    assert len(merged) == 6 and merged["error"].notna().all() and "nothing can be merged" in set(merged["error"].str[14:])
     assert "8 of" in result.stderr and "--retry-failed" in result.stderr
     good = rows[rows["error"].isna()]
     assert (good.groupby("method").size().drop("cache selector=k-norm interval=2") == 6).all()
 
+    monkeypatch.setattr(runs.Measured, "__call__", no_merging)
     evaluate(spec, tmp_path / "run", code=1)  # without being asked to, nothing is tried again
     pd.testing.assert_frame_equal(rows, rows_of(tmp_path / "run"))
     evaluate(spec, tmp_path / "run", "--retry-failed", code=1)
@@ -201,7 +397,7 @@ def test_killed_at_any_moment_it_goes_on(finished, spec_file, tmp_path):
     output, _ = finished
     spec = spec_file()
     run = tmp_path / "run"
-    for appears in ("timing/*.parquet", "rows/*.parquet", "rows/00-0002-*.parquet"):
+    for appears in ("timing/*.parquet", "rows/*.parquet", "pictures/*/cache-selector*/*.png"):
         process = subprocess.Popen(
             [*COMMAND, str(spec), "--output", str(run)], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -256,6 +452,46 @@ def test_steps_that_match_a_method():
     rows = [row | {"error": None} for row in rows] + [rows[2] | {"method": "broken", "error": "no", "denoising_seconds": None}]
     assert matching_steps(rows, 20) == {8: ["seconds of fast", "FLOPs of slow"], 5: ["FLOPs of fast"]}
     assert matching_steps(rows[1:], 20) == {}
+
+
+def test_baselines_of_methods_that_stay_do_not_move(tmp_path, monkeypatch):
+    """Probed again, they would: seconds are never the same twice."""
+    seconds = {"full": 20.0, "no-op cache": 20.0}
+    asked = []
+
+    def one_round(bench, cells, spec, number, watcher):
+        asked.append((number, [cell.label for cell in cells]))
+        rows = [{"method": cell.label, "kind": cell.kind, "error": None} for cell in cells]
+        return [row | {"denoising_seconds": seconds.get(row["method"], 20.0), "flops": None, "full_flops": None} for row in rows]
+
+    monkeypatch.setattr(timing, "one_round", one_round)
+    bench = Bench("p", None, SimpleNamespace(steps=20))
+
+    def found(**costs):
+        seconds.update({f"cache interval={name[1:]}": cost for name, cost in costs.items()})
+        methods = ({"cache": {"interval": [int(name[1:]) for name in costs]}},)
+        spec = Spec(pipelines=("p",), prompts=("a",), methods=methods)
+        folder = RunFolder(tmp_path)
+        folder.begin(spec, {"dtype": "float32", "device": "cpu"})
+        asked.clear()
+        timing.find_baselines(bench, folder, spec, timing.Watcher())
+        return folder.baselines()["p"]
+
+    assert found(i3=10, i4=8, i9=25) == {"10": ["seconds of cache interval=3"], "8": ["seconds of cache interval=4"]}
+    assert found(i3=12, i4=6, i9=18) == found(i3=10, i4=8, i9=25) and asked == []
+    assert found(i3=12, i4=6, i9=18) and json.loads((tmp_path / "baselines.json").read_text())["p"]["methods"].keys() == {
+        f"cache interval={i}" for i in (3, 4, 9)
+    }
+    assert found(i3=12, i5=5) == {"10": ["seconds of cache interval=3"], "5": ["seconds of cache interval=5"]}
+    assert [number for number, _ in asked] == [0, -1, -2] and asked[1][1] == ["full", "no-op cache", "cache interval=5"]
+
+
+def test_new_pictures_make_new_batches():
+    spec = Spec(pipelines=("p",), prompts=("a", "b"), methods=({"steps": 3},), seeds=2, batch_size=3)
+    old = grown([], spec)
+    assert old == [[(0, 0), (0, 1), (1, 0)], [(1, 1)]]
+    more = grown(old, replace(spec, prompts=("a", "b", "c"), seeds=3))
+    assert more[:2] == old and more[2:] == [[(0, 2), (1, 2), (2, 0)], [(2, 1), (2, 2)]]
 
 
 def test_help_shows_the_grids_whole():

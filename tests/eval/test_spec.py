@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import pytest
@@ -117,9 +118,12 @@ def test_a_file_with_a_prompt_set_beside_it_and_changes(tmp_path):
     [
         ("pipelines: [p\n", "is not YAML"),
         ("- a\n- b\n", "must hold settings by name"),
-        ("pipelines: [p]\nprompts: [a]\n", "does not set methods"),
-        ("pipelines: p\nprompts: [a]\nmethods: [{steps: 3}]\n", "pipelines must be a list"),
-        ("pipelines: [p]\nprompts: [a]\nmethods: [{steps: 3}]\nseed: 3\n", "sets seed, which is unknown"),
+        ("pipelines: [p]\nprompts: [a]\n", "methods must be set; give a specification that does, or --method"),
+        ("pipelines: p\nprompts: [a]\nmethods: [{steps: 3}]\n", "spec.yaml, line 1: pipelines must be a list, not 'p'"),
+        (
+            "pipelines: [p]\nprompts: [a]\nmethods: [{steps: 3}]\nseed: 3\n",
+            "spec.yaml, line 4: seed is unknown. Did you mean seeds",
+        ),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, text, message):
@@ -127,6 +131,113 @@ def test_a_wrong_file_is_named(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_spec(file)
+
+
+HEAD = "pipelines: [p]\nprompts: [crab]\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("methods: [{steps: 3}]\nmethods: [{steps: 4}]\n", "line 4: methods comes twice, on line 3 already"),
+        ("methods:\n- cache: {interval: 3}\n  cache: {interval: 5}\n", "line 5: cache comes twice, on line 4 already"),
+        ("methods:\n- cache: {interval: 3, interval: 5}\n", "line 4: interval comes twice, on this line already"),
+        ("methods:\n- cache: {? [a] : 3}\n", "line 4: a key must be a word"),
+        ("methods: &a\n- *a\n", "line 3: an alias stands inside what it refers to"),
+        ("methods: []\n", "line 3: methods is empty"),
+        ("methods:\n", "line 3: methods must be a list, not empty"),
+        ("methods:\n- cache:\n", "line 4: cache must be options by name, or {} for its defaults, not empty"),
+        ("methods:\n- cache: {interval: 3}\n- cache: {interval: []}\n", "line 5: interval is an empty list"),
+        ("methods:\n- cache:\n    selector: random\n    interval: eight\n", "line 6: interval must be a whole .*, not 'eight'"),
+        (
+            "methods:\n- cache:\n    selector: [random,\n      rando]\n",
+            "line 5: There is no selector 'rando'.* Did you mean random",
+        ),
+        ("methods:\n- cache: {intervall: 3}\n", "line 4: TokenCacheConfig has no option intervall. Did you mean interval"),
+        ("methods:\n- cache: {}\n  setps: 3\n", "line 5: .* not setps. Did you mean steps"),
+        ("methods:\n- steps: [4,\n    eight]\n", "line 5: steps must be a whole number of at least 1, not 'eight'"),
+        ("methods: [{steps: []}]\n", "line 3: steps is an empty list"),
+        ("methods: [{steps: 3}]\nsteps: eight\n", "line 4: steps must be a whole number of at least 1, not 'eight'"),
+        ("methods: [{steps: 3}]\nguidance: high\n", "line 4: guidance must be a number of at least 0, not 'high'"),
+        ("methods: [{steps: 3}]\nseeds:\n", "line 4: seeds must be a whole number of at least 1, not empty"),
+        ("methods: [{steps: 3}]\nmargin: .inf\n", "line 4: margin must be a number above 0, not inf"),
+        ("methods: [{steps: 3}]\nscores: []\n", "line 4: scores is empty"),
+        ("methods: [{steps: 3}]\ndtype: float23\n", "line 4: dtype must be one of .*, not 'float23'. Did you mean float32"),
+        ("methods: [{steps: 3}]\noffload: no\n", "line 4: offload must be one of .*, not false"),
+        ("methods: [{steps: 3}]\ndevice: 0\n", "line 4: device must be text, not 0. Put 0 in quotes"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, body, message):
+    file = tmp_path / "spec.yaml"
+    file.write_text(HEAD + body)
+    with pytest.raises(ValueError, match=f"spec.yaml, {message}"):
+        read_spec(file)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("yes", "not true. Put yes in quotes"),
+        ("017", "not 15. Put 017 in quotes"),
+        ("1e3", None),  # which YAML 1.1 reads as text
+        ("2024-01-01", "Put 2024-01-01 in quotes"),
+        ("", "not empty"),
+        ("' '", "empty or not Unicode"),
+        ("crab", "has 'crab' twice"),
+        ("[fox]", "must hold texts, not \\['fox'\\]"),
+    ],
+)
+def test_prompts_are_texts(tmp_path, written, message):
+    file = tmp_path / "spec.yaml"
+    file.write_text(f"pipelines: [p]\nmethods: [{{steps: 3}}]\nprompts:\n- crab\n- {written}\n")
+    if message is None:
+        assert read_spec(file).prompts == ("crab", written)
+        return
+    with pytest.raises(ValueError, match=f"spec.yaml, line 5: prompts .*{message}"):
+        read_spec(file)
+
+
+def test_what_is_wrong_on_the_command_line_is_named_as_it_is_spelled_there(tmp_path):
+    file = tmp_path / "spec.yaml"
+    file.write_text(HEAD + "methods: [{steps: 3}]\n")
+    for change, message in (
+        ({"batch_size": 0}, "^--batch-size must be a whole number"),
+        ({"pipelines": ["p", "p"]}, "^--pipeline has 'p' twice"),
+        ({"methods": [{"cache": {"interval": 0}}]}, "^--method: interval must be"),
+        ({"selector_file": str(tmp_path / "none.py")}, "^--selector-file is .*none.py, which does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_spec(file, **change)
+
+
+def test_a_selector_file_that_fails_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("1 / 0\n")
+    (tmp_path / "spec.yaml").write_text(HEAD + "methods: [{steps: 3}]\nselector_file: mine.py\n")
+    with pytest.raises(ValueError, match="line 4: selector_file .*mine.py fails: ZeroDivisionError"):
+        read_spec(tmp_path / "spec.yaml")
+
+
+def test_a_file_with_a_byte_order_mark_and_one_in_another_encoding(tmp_path):
+    file = tmp_path / "spec.yaml"
+    text = "pipelines: [p]\nprompts: [caf\u00e9]\nmethods: [{steps: 3}]\n"
+    file.write_text(text, encoding="utf-8-sig")
+    assert read_spec(file).prompts == ("caf\u00e9",)
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="line 2: this is not UTF-8"):
+        read_spec(file)
+
+
+def test_only_what_a_selector_file_registers_depends_on_it(tmp_path):
+    code = "import dit_accel\n@dit_accel.register_selector('mine', per_picture=False)\ndef mine(ctx):\n    return ctx.noise\n"
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "spec.yaml").write_text(HEAD + "methods: [{cache: {selector: [mine, random]}}]\nselector_file: mine.py\n")
+    full, noop, mine, random = read_spec(tmp_path / "spec.yaml").cells
+    assert mine.code == hashlib.sha256(code.encode()).hexdigest() and not (full.code or noop.code or random.code)
+
+
+def test_settings_that_differ_little_have_labels_that_differ():
+    made = spec({"cache": {"cache_ratio": [0.9, 0.9000001]}})
+    assert [cell.label for cell in made.cells[2:]] == ["cache cache_ratio=0.9", "cache cache_ratio=0.9000001"]
 
 
 def test_noise_depends_on_prompt_and_seed_alone():

@@ -259,7 +259,7 @@ SHAPES = {
     "somewhat skewed losses": lambda r, size: 4 - r.gamma(4, size=size),
     "rare losses": lambda r, size: 1 - r.exponential(size=size),
 }
-# In percent, where 2.5 is claimed. BCa alone says yes to 6.4 % (normal) and 13.6 % (rare losses) with 6 prompts, 5.2 % and 8.8 % with 10.
+# In percent, where 2.5 is claimed. With BCa alone: 6.4 (normal) and 13.6 (rare losses) with 6 prompts, 5.2 and 8.8 with 10.
 MOST = {"somewhat skewed losses": 5.0, "rare losses": 7.0}
 
 

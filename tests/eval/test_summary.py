@@ -138,7 +138,8 @@ def against(loss: float, prompts: int = 12, slower: float = 1.0, methods: int = 
 
 
 @pytest.mark.parametrize(
-    ("loss", "said"), [(-0.2, "better than 10 steps"), (0.2, "worse than 10 steps"), (0.0, "no significant difference from 10 steps")]
+    ("loss", "said"),
+    [(-0.2, "better than 10 steps"), (0.2, "worse than 10 steps"), (0.0, "no significant difference from 10 steps")],
 )
 def test_every_method_is_compared_with_fewer_steps_at_its_seconds(loss, said):
     row = against(loss).loc["cache 0"].to_dict()
