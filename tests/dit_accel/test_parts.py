@@ -123,7 +123,7 @@ def test_a_blind_selector_scores_all_layers_at_once_and_selects_the_same(tiny_fl
     pictures, chosen, asked = [], [], []
     for blind in (False, True):
 
-        @dit_accel.register_selector(f"turns, blind={blind}", per_picture=False, blind=blind)
+        @dit_accel.register_selector(f"turns, blind={blind}", per_picture=False, blind=blind, uses_tokens=False)
         def turns(context):
             asked.append(context.noise)
             return context.noise.square() + context.ages / 3
