@@ -166,12 +166,14 @@ def generate(
         asked = dict(steps=steps, guidance=guidance, seed=seed, num_images=num_images, batch_size=batch_size)
         with usage(options.SETTINGS):
             settings = settings_for(pipe, pipeline, height=height, width=width, **asked)
+        with usage(options.flags_of(*method.parts)):
             check(pipe, configs)
         few = best_settings(pipe, pipeline)["steps"] <= FEW_STEPS
         tell = (lambda record: typer.echo(json.dumps(record))) if as_json else (lambda record: None)
         job = Job(pipe, pipeline, prompts, configs, settings, output, log, tell=tell)
         job.warn(doubts(configs, given, settings.steps, few, is_flux(pipe), preset))
-        table = job.compare() if compare else job.generate()
+        with usage(options.flags_of(*method.parts)):  # what shows with the picture's size alone, as too large a stride
+            table = job.compare() if compare else job.generate()
         if not as_json:
             show(table)
 
@@ -223,8 +225,7 @@ def inspect(
         from dit_accel.pipelines.pictures import check_folder
 
         quiet()
-        knobs |= dict(selector_file=selector_file, preset=preset, age_weight=age_weight)
-        given = options.given(context, knobs)
+        given = options.given(context, knobs := knobs | dict(selector_file=selector_file, preset=preset, age_weight=age_weight))
         [config] = options.configured(options.Method.token_cache, knobs)
         if not 0 < config.cache_ratio < 1 or config.interval == 1:
             raise typer.BadParameter("Nothing would be selected: --cache-ratio must lie between 0 and 1, --interval be at least 2.")
@@ -237,13 +238,15 @@ def inspect(
         pipe = loaded(log, pipeline, dtype, device, offload)
         with usage(options.SETTINGS):
             settings = settings_for(pipe, pipeline, steps=steps, guidance=guidance, seed=seed, height=height, width=width)
-            for each in configs or ():
+        chosen = configs or usable(pipe, config)
+        with usage(options.flags_of("token-cache")):
+            for each in chosen:
                 check(pipe, each)
         few = best_settings(pipe, pipeline)["steps"] <= FEW_STEPS
-        said = doubts([config], given, settings.steps, few, is_flux(pipe), preset)
-        Job(pipe, pipeline, prompts, config, settings, output, log).warn(said)
+        job = Job(pipe, pipeline, prompts, config, settings, output, log)
+        job.warn(doubts([config], given, settings.steps, few, is_flux(pipe), preset))
         for prompt in prompts:
-            show(draw(pipe, pipeline, prompt, configs or usable(pipe, config), settings, output, log), as_json)
+            show(draw(pipe, pipeline, prompt, chosen, settings, output, log), as_json)
 
 
 for command in (lists.pipelines, lists.selectors, lists.families):
@@ -278,8 +281,7 @@ def demo(
         with usage():
             check_folder(output)
         config = TokenCacheConfig(interval=4, cache_ratio=0.9, selector="random")
-        table: Any = None
-        log = err()
+        log, table = err(), None
         for name in pipeline or DEMO:
             pipe = loaded(log, name)
             with usage(options.SETTINGS):

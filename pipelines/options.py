@@ -78,9 +78,9 @@ SETTINGS = {
 }
 
 
-def flags_of(method: str) -> dict[str, str]:
-    """The fields of a method's configuration, and the options that they are."""
-    return {fields[method].name: written(name) for name, fields in KNOBS.items() if method in fields}
+def flags_of(*methods: str) -> dict[str, str]:
+    """The fields of methods' configurations, and the options that they are."""
+    return {fields[m].name: written(name) for m in reversed(methods) for name, fields in KNOBS.items() if m in fields}
 
 
 def is_pair(method: str, field: dataclasses.Field[Any]) -> bool:

@@ -144,7 +144,9 @@ def _table(name: str, reader: csv.DictReader[str]) -> Iterator[tuple[int, object
             raise ValueError(f"{name}, line 1: none of the columns {', '.join(reader.fieldnames or ())} is called prompt.")
         for row in reader:
             if None in row:
-                raise ValueError(f"{name}, line {reader.line_num}: there are more fields than columns; quote prompts with commas.")
+                raise ValueError(
+                    f"{name}, line {reader.line_num}: there are more fields than columns; quote prompts that hold the separator."
+                )
             yield reader.line_num, row[column]
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.line_num + 1}: {error}.") from None  # where the broken row begins

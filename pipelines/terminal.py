@@ -90,13 +90,15 @@ def sentence(error: Exception, extra: str) -> str:
 
 @contextmanager
 def usage(flags: Mapping[str, str] | None = None) -> Iterator[None]:
-    """A ValueError in here, or a file that is not there, is the fault of an option.
+    """A ValueError in here, or a sentence that says that a file is not there, is the fault of an option.
 
     `flags` are names that the message may have for options, and how the options are written.
     """
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, OSError) and error.filename:  # of the system, not of ours
+            raise
         raise typer.BadParameter(spelled(str(error), flags or {})) from None
 
 

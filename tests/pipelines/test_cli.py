@@ -453,9 +453,13 @@ def test_doubts_are_warnings(make, pixart_path):
     assert re.search(r"^Warning: dit_accel saved nothing in a run of 3 steps", warned, re.M) and "UserWarning" not in warned
 
 
-def test_a_method_that_the_pipeline_does_not_take_is_wrong_usage(make, tmp_path):
+def test_a_method_that_the_pipeline_does_not_take_is_wrong_usage(make, tmp_path, pixart_path):
+    result = make("red", "--text-tokens", "reuse", pipeline=pixart_path)
+    assert result.exit_code == 2 and "leave --text-tokens at 'select'" in " ".join(result.stderr.replace("│", " ").split())
     result = make("red", "--selector", "cross-entropy")
     assert result.exit_code == 2 and "selector 'cross-entropy' needs entropy" in " ".join(result.stderr.split())
+    result = make("red", "--method", "token-merge", "--merge-stride", 9, 9)
+    assert result.exit_code == 2 and "cells of 9 x 9 leave 0 to merge" in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import types
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from diffusers import PixArtAlphaPipeline
 
 from dit_accel import TokenCacheConfig
-from dit_accel.pipelines.generation import DenoisingClock, Settings, compare, generate, settings_for
+from dit_accel.pipelines.generation import DenoisingClock, Settings, compare, generate, saved, settings_for
+from dit_accel.when import Mode
 
 PROMPTS = ["red apple", "blue tiger"]
 CACHE = TokenCacheConfig(interval=2, cache_ratio=0.5, selector="random")
@@ -105,6 +107,26 @@ def test_the_clock_covers_the_denoising_alone(pipe, monkeypatch):
     with DenoisingClock(pipe) as clock:
         pass
     assert not clock.calls
+
+
+def test_the_seconds_saved_are_those_of_partial_calls():
+    def call(mode, merged=0, rows=1.0):
+        return types.SimpleNamespace(mode=mode, merged=merged, rows=rows)
+
+    full, partial = call(Mode.FULL), call(Mode.PARTIAL)
+    assert saved([full, partial, full, partial, full], [9.0, 1.0, 3.0, 2.0, 4.0]) == (4 - 1) + (4 - 2), "the median of full ones"
+    assert saved([full, call(Mode.FULL, merged=3), call(Mode.FULL, rows=0.5)], [4.0, 3.0, 2.0]) == 1 + 2
+    assert saved([full, partial], [4.0, 5.0]) == -1
+    assert saved([full, full], [1.0, 1.0]) is saved([partial], [1.0]) is saved([full, partial], [1.0]) is saved([], []) is None
+
+
+def test_the_clock_times_every_call(pipe, monkeypatch):
+    waits, forward = iter([0.2, 0.0, 0.1]), pipe.transformer.forward
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *args, **kwargs: (time.sleep(next(waits)), forward(*args, **kwargs))[1])
+    with DenoisingClock(pipe) as clock:
+        list(generate(pipe, ["red"], None, small(pipe)))
+    assert len(clock.calls) == 3 and clock.calls[0] >= 0.2 and clock.calls[2] >= 0.1
+    assert sum(clock.calls) <= clock.seconds
 
 
 def test_guidance_reaches_the_model(tiny_flux, tiny_pixart):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dit_accel.pipelines.pictures import as_shown, psnr, psnr_text, rgb, save, side_by_side, stem, unused, write_atomically
+from dit_accel.pipelines.pictures import (
+    as_shown,
+    check_folder,
+    psnr,
+    psnr_text,
+    read_record,
+    rgb,
+    save,
+    side_by_side,
+    stem,
+    unused,
+    write_atomically,
+)
 
 
 def noise_image(seed: int, size: tuple[int, int] = (20, 12)) -> Image.Image:
@@ -103,6 +117,51 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, broken)
     assert os.listdir(tmp_path) == ["a.png"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_is_there_is_only_replaced_if_asked(tmp_path, monkeypatch, links):
+    if not links:  # as on FAT
+
+        def refuse(*_):
+            raise PermissionError(errno.EPERM, "no hard links")
+
+        monkeypatch.setattr(os, "link", refuse)
+    write_atomically(tmp_path / "a.png", b"first", replace=False)
+    with pytest.raises(FileExistsError, match="a.png"):
+        write_atomically(tmp_path / "a.png", b"second", replace=False)
+    assert (tmp_path / "a.png").read_bytes() == b"first"
+    write_atomically(tmp_path / "a.png", b"third")
+    assert (tmp_path / "a.png").read_bytes() == b"third" and os.listdir(tmp_path) == ["a.png"]
+
+
+def test_a_folder_is_checked_without_a_trace(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for wrong in ("file", "file/below", "link", "link/below", "x" * 300):
+        with pytest.raises(ValueError, match="cannot be the folder of pictures"):
+            check_folder(tmp_path / wrong)
+    monkeypatch.chdir(tmp_path)
+    for right in (".", "new", "new/deep", tmp_path / "new"):
+        check_folder(Path(right))
+    assert sorted(os.listdir()) == ["file", "link"]
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match="new cannot be .*: Read-only file system"):
+        check_folder(Path("new"))
+
+
+def test_a_record_comes_back_from_both_files(tmp_path):
+    record = {"prompt": "3", "pipeline": "null", "method": "none", "dtype": "float32", "steps": 3, "cache": None, "seed": 2**60}
+    save(noise_image(0), tmp_path / "a.png", record)
+    assert read_record(tmp_path / "a.png") == read_record(tmp_path / "a.json") == record
+    (tmp_path / "list.json").write_text("[]")
+    for name in ("list.json", "manifest.jsonl"):
+        with pytest.raises(ValueError, match=f"{name} holds no settings"):
+            read_record(tmp_path / name)
+
+
 def test_files_have_the_usual_permissions(tmp_path):
     write_atomically(tmp_path / "ours", b"")
     (tmp_path / "usual").write_bytes(b"")
@@ -114,6 +173,9 @@ def test_names(tmp_path):
     taken: set[str] = set()
     (tmp_path / "a-2.json").write_text("")
     assert [unused(tmp_path, "a", taken) for _ in range(3)] == ["a", "a-3", "a-4"]
+    assert unused(None, "a-2", taken) == "a-2" and unused(None, "a", taken) == "a-5", "in memory alone"
+    (tmp_path / "b-full.png").write_text("")
+    assert unused(tmp_path, "b", set()) == "b" and unused(tmp_path, "b", set(), ("", "-full")) == "b-2"
 
 
 @settings(deadline=None, max_examples=50)
