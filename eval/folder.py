@@ -20,21 +20,17 @@ import hashlib
 import io
 import json
 import os
-import platform
 import re
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
-import torch
-from filelock import FileLock, Timeout
 
+from dit_accel.eval.machine import hardware, locked
 from dit_accel.eval.spec import Cell, Spec
 from dit_accel.pipelines.pictures import write_atomically
 
@@ -45,10 +41,6 @@ PACKAGES = ("dit-accel", "torch", "diffusers", "transformers", "accelerate", "nu
 # What pictures, seconds and verdicts depend on: no change once there are any.
 FIXED = ("steps", "guidance", "height", "width", "scores", "margin", "batch_size", "timing_batch_size", "offload")
 CONTENTS = ("spec.json", "run.lock", "running.json", "sittings", "timing", "baselines.json", "cut.json", "rows", "maps", "pictures")
-
-
-class InUse(ValueError):
-    """Another process is at work in the folder."""
 
 
 class RunFolder:
@@ -151,30 +143,9 @@ class RunFolder:
         """See `begun`."""
         return self.begun
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from working in the folder, inside a `with` block. The lock of a process that died is free.
-
-        Raises:
-            InUse: another process has the lock; the message names it.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        name = self.path / "running.json"
-        lock = FileLock(self.path / "run.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            owner = self.read(name, read_json) or {}
-            process = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
-            raise InUse(
-                f"{self.path} is in use by {process}; wait until that is done, stop it, or give another --output."
-            ) from None
-        try:
-            write_json(name, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
-            yield
-        finally:
-            name.unlink(missing_ok=True)
-            lock.release()
+    def locked(self) -> AbstractContextManager[None]:
+        """See `dit_accel.eval.machine.locked`."""
+        return locked(self.path)
 
     def sit_down(self, device: str, processes: int) -> int:
         """Record that the run is started or goes on here and now; the number of the sitting."""
@@ -288,24 +259,6 @@ def read_table(path: Path) -> pd.DataFrame:
 def versions() -> dict[str, str]:
     """What the pictures depend on besides the specification."""
     return {package: version(package) for package in PACKAGES}
-
-
-def hardware(device: str) -> dict[str, Any]:
-    """What the seconds depend on."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
-    return {
-        "hardware": name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.is_file() else []
-    return names[0] if names else platform.processor() or platform.machine() or sys.platform
 
 
 def write_json(path: Path, value: Any) -> None:

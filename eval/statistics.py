@@ -81,9 +81,9 @@ def per_prompt(frame: pd.DataFrame, value: str) -> pd.DataFrame:
 def mean_interval(values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
     """The mean of unpaired values and its confidence interval.
 
-    Of 100 values or more, the BCa bootstrap interval (Efron, JASA 1987, through `scipy.stats.bootstrap`). With fewer that one is
-    too short, so it is the interval of `studentized`. It depends neither on the order of the values nor, up to rounding, on their
-    unit or origin. If all values are equal it is that value.
+    From 100 values on the BCa bootstrap interval (Efron, JASA 1987, through `scipy.stats.bootstrap`); with fewer, where that is too
+    short, that of `studentized`. It depends neither on the order of the values nor, up to rounding, on their unit or origin. If
+    all values are equal it is that value.
 
     Args:
         values: [n], one value a prompt.
@@ -120,9 +120,8 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95, resamples: int
 def studentized(values: Floats, confidence: float, resamples: int, seed: int) -> tuple[Floats, Floats]:
     """The ends of the wider of two intervals of a mean, each at either end: Student's t, and the bootstrap-t.
 
-    Student's t holds its level where values are symmetric, however few there are, and is too short toward a long tail; there the
-    bootstrap-t (Efron and Tibshirani 1993, chapter 12) reaches further. In a resample of equal values, one n-th of the variance of
-    all of them takes the place of its own, which is 0.
+    Student's t holds its level where values are symmetric and is too short toward a long tail; there the bootstrap-t (Efron and
+    Tibshirani 1993, chapter 12) reaches further. In a resample of equal values, one n-th of the variance of all takes its place.
 
     Args:
         values: [..., n], samples in ascending order; every one gets the same resamples.
@@ -150,8 +149,8 @@ def studentized(values: Floats, confidence: float, resamples: int, seed: int) ->
 def paired(differences: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Difference:
     """The mean of paired differences, its interval (see `mean_interval`) and a two-sided sign-flip test of mean zero.
 
-    The test assumes that without an effect a difference is as likely to be d as -d. All 2**n sign patterns are counted if they
-    are no more than `resamples`; otherwise p = (b + 1) / (resamples + 1) (Phipson and Smyth, 2010), doubled for two sides.
+    The test assumes that without an effect d is as likely as -d. All 2**n sign patterns are counted if they are no more than
+    `resamples`; otherwise p = (b + 1) / (resamples + 1) (Phipson and Smyth, 2010), doubled for two sides.
 
     Args:
         differences: [n], method minus baseline, one a prompt.
@@ -193,11 +192,8 @@ def rounded_mean(values: Floats, axis: int) -> Floats:
 def holm(p_values: ArrayLike) -> Floats:
     """Holm's adjusted p-values, in the given order: Scandinavian Journal of Statistics, 1979.
 
-    The i-th smallest of m becomes max over j <= i of min(1, (m - j + 1) p_j). Rejecting those up to 0.05 keeps the probability of
-    any false rejection at 0.05, whatever the dependence between the tests.
-
-    Args:
-        p_values: [m].
+    The i-th smallest of the m becomes max over j <= i of min(1, (m - j + 1) p_j). Rejecting those up to 0.05 keeps the probability
+    of any false rejection at 0.05, whatever the dependence between the tests.
 
     Raises:
         ValueError: a p-value is NaN or outside [0, 1].
@@ -217,12 +213,8 @@ def non_inferior(difference: Difference, margin: float) -> bool | None:
     With a two-sided interval of 95 % this is a one-sided test at 2.5 % (ICH E9, section 3.3.2). The margin is the largest loss
     that does not matter, in the unit of the values, declared before the results are seen.
 
-    The level holds for differences that are spread evenly. Where a few prompts lose much and most nothing, any method errs more
-    often, the fewer prompts the more: in a simulation 6 % of the time with `FEWEST` prompts whose losses are exponentially
-    distributed; `tests/eval/test_statistics.py` repeats it.
-
-    Returns:
-        None with fewer than `FEWEST` prompts, from which no verdict can be had.
+    The level holds for differences that are spread evenly. Where a few prompts lose much and most nothing the verdict errs more
+    often, with `FEWEST` prompts and exponential losses 6 % of the time. None with fewer prompts, from which there is no verdict.
 
     Raises:
         ValueError: the margin is not a positive number.

@@ -102,3 +102,8 @@ def meant(word: Any, known: Iterable[str]) -> str:
     """A question about the name that a misspelled one resembles, with a space before it; or nothing."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it."""
+    return "empty" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)

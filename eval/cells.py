@@ -1,0 +1,131 @@
+"""The methods of an evaluation, spread out: one cell for every point of their grids."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_origin
+
+from dit_accel import how, when, which
+from dit_accel.config import OutputCacheConfig, TokenCacheConfig
+from dit_accel.eval.strict_yaml import SettingError, meant, shown
+from dit_accel.pipelines.methods import SECTIONS, Config
+
+# Options whose value may be a list itself: to sweep one, give a list that holds a list.
+LISTS = {name for kind in SECTIONS.values() for name, kinds in kind.kinds().items() for one in kinds if get_origin(one) is tuple}
+FULL, NO_OP = "full", "no-op cache"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method with one setting. Its label is unique within a run."""
+
+    label: str
+    configs: tuple[Config, ...] = ()
+    steps: int | None = None  # None: those of the pipeline
+    kind: str = "method"  # or "full", "no-op", "fewer steps"
+    code: str = ""  # hash of the selector file, if the cell uses what that registers
+
+    def options(self) -> dict[str, Any]:
+        """Everything that the cell sets, as plain values."""
+        found = {name: c.to_dict() for name, kind in SECTIONS.items() for c in self.configs if isinstance(c, kind)}
+        return {**found, **({"steps": self.steps} if self.steps else {})}
+
+
+def cells_of(methods: tuple[dict[str, Any], ...], selector_file: str | None) -> list[Cell]:
+    """Full, the cache that caches nothing, and every point of every method's grid."""
+    if not methods:
+        raise SettingError("{name} is empty; give at least one.", "methods")
+    cells = [Cell(FULL, kind="full"), Cell(NO_OP, (TokenCacheConfig(interval=1),), kind="no-op")]
+    seen = {cell.label for cell in cells}
+    for number, method in enumerate(methods):
+        place = ("methods", number)
+        if not isinstance(method, dict) or not method:
+            raise SettingError(f"A method sets cache, merge, output or steps (or several), not {shown(method)}.", *place)
+        for name in method:
+            if name not in (*SECTIONS, "steps"):
+                hint = meant(name, (*SECTIONS, "steps"))
+                raise SettingError(f"A method sets cache, merge, output or steps (or several), not {name}.{hint}", *place, name)
+        if "output" in method and set(method) - {"output", "steps"}:
+            raise SettingError("output works alone; make cache and merge methods of their own.", *place, "output")
+        grids: list[list[Any]] = [_grid(section, method[section], place) if section in method else [None] for section in SECTIONS]
+        for *options, count in itertools.product(*grids, _step_counts(method, place)):
+            cell = _cell(dict(zip(SECTIONS, options, strict=True)), count, selector_file, place)
+            if cell.label in seen:
+                raise SettingError(f"The method {cell.label!r} comes twice.", *place)
+            seen.add(cell.label)
+            cells.append(cell)
+    return cells
+
+
+def _step_counts(method: dict[str, Any], place: tuple[Any, ...]) -> list[int | None]:
+    if "steps" not in method:
+        return [None]
+    steps = method["steps"]
+    for i, count in enumerate(counts := steps if isinstance(steps, list) else [steps]):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            where = (*place, "steps", i) if isinstance(steps, list) else (*place, "steps")
+            raise SettingError(f"steps must be a whole number of at least 1, not {shown(count)}.", *where)
+    if not counts:
+        raise SettingError("steps is an empty list; give numbers, or leave it out.", *place, "steps")
+    return list(counts)
+
+
+def _cell(sections: dict[str, dict[str, Any] | None], steps: int | None, selector_file: str | None, place: tuple[Any, ...]) -> Cell:
+    configs: list[Config] = []
+    words = []
+    for section, options in sections.items():
+        if options is not None:
+            rest = dict(options)
+            preset = rest.pop("preset", None) if section == "cache" else None
+            try:
+                configs.append(TokenCacheConfig.preset(preset, **rest) if preset else SECTIONS[section].from_dict(rest))
+            except (TypeError, ValueError) as error:
+                named = [name for name in options if str(error).startswith(f"{name} ")]
+                named = named or [name for name, value in options.items() if repr(value) in str(error)]
+                hint = meant(options["selector"], which.selectors()) if named == ["selector"] else ""
+                raise SettingError(f"{error}{hint}", *place, section, *named[:1]) from None
+            words.append(_label(section, options))
+    if steps is not None:
+        words.append(f"{steps} steps")
+    code = ""
+    if selector_file is not None and any(_uses_own_code(config) for config in configs):
+        code = hashlib.sha256(Path(selector_file).read_bytes()).hexdigest()
+    return Cell(" + ".join(words), tuple(configs), steps, "method" if configs else "fewer steps", code)
+
+
+def _uses_own_code(config: Config) -> bool:
+    """Whether a configuration names a function that is not dit_accel's."""
+    used: list[Any] = [which.get(config.selector).score] if isinstance(config, (TokenCacheConfig, OutputCacheConfig)) else []
+    if isinstance(config, OutputCacheConfig):
+        used += [how.get(config.how), *([when.get(config.when)] if isinstance(config.when, str) else [])]
+    return not all(str(getattr(function, "__module__", "")).startswith("dit_accel.") for function in used)
+
+
+def _label(method: str, options: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return "x".join(map(str, value))
+        return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else f"{value}"
+
+    return " ".join([method, *(f"{name}={text(value)}" for name, value in options.items())])
+
+
+def _grid(section: str, options: Any, place: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """All combinations of options whose values are lists."""
+    if not isinstance(options, dict):
+        raise SettingError(f"{section} must be options by name, or {{}} for its defaults, not {shown(options)}.", *place, section)
+    known = [f.name for f in dataclasses.fields(SECTIONS[section])] + (["preset"] if section == "cache" else [])
+    choices = []
+    for name, value in options.items():
+        if name not in known:
+            hint = f"{meant(name, known)} Its options are {', '.join(known)}."
+            raise SettingError(f"{SECTIONS[section].__name__} has no option {name}.{hint}", *place, section, name)
+        if value == []:
+            raise SettingError(f"{name} is an empty list; give values, or leave it out.", *place, section, name)
+        sweeps = isinstance(value, list) and not (name in LISTS and not any(isinstance(part, list) for part in value))
+        choices.append([(name, one) for one in (value if sweeps else [value])])
+    return [dict(combination) for combination in itertools.product(*choices)]
