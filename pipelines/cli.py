@@ -281,12 +281,12 @@ def demo(
         with usage():
             check_folder(output)
         config = TokenCacheConfig(interval=4, cache_ratio=0.9, selector="random")
-        log, table = err(), None
+        table: Any = None
         for name in pipeline or DEMO:
-            pipe = loaded(log, name)
+            pipe = loaded(err(), name)
             with usage(options.SETTINGS):
                 settings = settings_for(pipe, name, seed=seed, height=height, width=width)
-            job = Job(pipe, name, prompts, config, settings, output / Path(name).name, log, overwrite=True)
+            job = Job(pipe, name, prompts, config, settings, output / Path(name).name, err(), overwrite=True)
             job.warn()
             table = job.compare(table)
         show(table)

@@ -9,7 +9,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
         FileExistsError: if the file is there, or appears meanwhile, and is not to be replaced.
         OSError: if it cannot be written; it names the file.
     """
-    try:
+    with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         try:
@@ -152,6 +153,13 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
                 _link(part, path)
         finally:
             Path(part).unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error of the system in here names this file, not one that nobody knows of."""
+    try:
+        yield
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error
 
@@ -219,7 +227,8 @@ def save(image: Image.Image, path: Path, record: dict[str, Any], *, replace: boo
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path.with_suffix(".json"), text.encode())
     line = json.dumps({"file": path.name, **record}, ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path.parent / MANIFEST, "ab", buffering=0) as file:  # one write, so that lines of several processes stay whole
+    manifest = path.parent / MANIFEST
+    with _naming(manifest), open(manifest, "ab", buffering=0) as file:  # one write, so that lines of several processes stay whole
         file.write(line.encode())
 
 

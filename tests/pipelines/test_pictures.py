@@ -162,6 +162,14 @@ def test_a_record_comes_back_from_both_files(tmp_path):
             read_record(tmp_path / name)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_named_by_the_manifest_too(tmp_path):
+    (tmp_path / MANIFEST).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '.*{MANIFEST}'"):
+        save(noise_image(0), tmp_path / "a.png", {"prompt": "a"})
+    Image.open(tmp_path / "a.png").load()
+
+
 def test_files_have_the_usual_permissions(tmp_path):
     write_atomically(tmp_path / "ours", b"")
     (tmp_path / "usual").write_bytes(b"")
