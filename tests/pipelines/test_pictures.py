@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dit_accel.pipelines.pictures import (
+    MANIFEST,
     as_shown,
     check_folder,
     psnr,
