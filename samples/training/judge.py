@@ -248,8 +248,8 @@ def main(
     torch.set_flush_denormal(True)
     vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
     settings = {"samples": samples, "batch": batch, "lr": lr}
-    known = tuple(name for name in SETS if name != UNSEEN)
-    strict = fit(known, vae, **settings, bf16=bf16, path=WORK / f"judge-without-{UNSEEN}.pt")
+    others = tuple(name for name in SETS if name != UNSEEN)
+    strict = fit(others, vae, **settings, bf16=bf16, path=WORK / f"judge-without-{UNSEEN}.pt")
     unseen = {"plain": accuracy(strict, (UNSEEN,), count), "autoencoder": accuracy(strict, (UNSEEN,), count, vae)}
     typer.echo(f"{UNSEEN}, never seen: {unseen}")
 
@@ -273,7 +273,7 @@ def main(
         "codes": judge.codes,
         "labels": [c.name for c in known()],
         "trained": {"sets": SETS, **settings},
-        "accuracy": {"unseen_style": {"set": UNSEEN, "trained_on": known, **unseen}, "seen_drawings": seen},
+        "accuracy": {"unseen_style": {"set": UNSEEN, "trained_on": others, **unseen}, "seen_drawings": seen},
     }
     write_json(out / "config.json", config)
 
