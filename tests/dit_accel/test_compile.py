@@ -75,7 +75,7 @@ def test_repeated_blocks_share_their_graphs(tiny_flux):
     """The first single block of FLUX gets hidden states of other strides, with or without caching."""
     config = TokenCacheConfig(interval=3, cache_ratio=0.7, selector="attention")
     graphs, more, error = compare(lambda: tiny_flux(layers=3, single_layers=4), {}, config, "eager", regional=True)
-    assert graphs <= 6 and more == 0 and error < 1e-5
+    assert graphs <= 7 and more == 0 and error < 1e-5
 
 
 MERGES = {

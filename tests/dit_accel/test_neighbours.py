@@ -91,12 +91,19 @@ def test_flux_from_a_picture(tiny_flux, pipeline_class, strength, true_cfg):
 
 def test_flux_img2img_knows_its_number_of_steps(tiny_flux):
     """A schedule that depends on the number of steps starts where img2img starts."""
+
+    def expected(steps):  # ToCa's formula, with an interval of 3 and a spread of 0.5
+        full = [0]
+        while (following := full[-1] + round(3 / (0.5 + full[-1] / steps))) < steps:
+            full.append(following)
+        return ["full" if step in full else "partial" for step in range(steps)]
+
     pipe = flux_variant(FluxImg2ImgPipeline, tiny_flux())
     dit_accel.apply(pipe, TokenCacheConfig(interval=3, interval_spread=0.5))
-    run(pipe, image=PICTURE, strength=0.6)
-    assert pipe.transformer._dit_accel.steps == 5
-    run(pipe, image=PICTURE, strength=1.0)
-    assert pipe.transformer._dit_accel.steps == 7
+    assert expected(12) != expected(20)[:12]
+    for strength, steps in ((0.6, 12), (1.0, 20)):
+        run(pipe, image=PICTURE, strength=strength, num_inference_steps=20)
+        assert modes(pipe) == expected(steps)
 
 
 @pytest.mark.parametrize("true_cfg", [{}, {"true_cfg_scale": 2.0, "negative_prompt": "a teapot"}], ids=["", "true cfg"])
