@@ -475,7 +475,7 @@ def test_command(tmp_path: Path) -> None:
     done = runner.invoke(cli.app, ["report", str(path), "--output", str(tmp_path / "here")])
     assert done.exit_code == 0, done.output
     assert Path(done.output.strip()) == tmp_path / "here" / "index.html" and Path(done.output.strip()).is_file()
-    missing = runner.invoke(cli.app, ["report", str(tmp_path)])
+    missing = runner.invoke(cli.app, ["report", str(tmp_path)], env={"COLUMNS": "240"})
     assert missing.exit_code == 2 and "is no run" in missing.output
     assert "FileNotFoundError" not in missing.output
 
