@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dit_accel import merging, which
+from dit_accel import merging, store, which
 from dit_accel.clock import Call, Moment
 from dit_accel.config import TokenCacheConfig, TokenMergeConfig
 from dit_accel.engine import Engine
@@ -179,7 +179,7 @@ class ModuleScope(Engine):
         if plan.mode is Mode.PARTIAL:  # every site computes its number of tokens, with noise of its own
             chosen = [site for i, site in enumerate(self.sites) if isinstance(site, Site) and i not in plan.plain]
             lengths = [self._lengths(text)[site.stream] for site in chosen]
-            noise = torch.rand(1, sum(lengths), generator=branch.selections).to(device).split(lengths, dim=1)
+            noise = store.sent(torch.rand(1, sum(lengths), generator=branch.selections), device).split(lengths, dim=1)
             for one, count, part in zip(chosen, plan.counts, noise, strict=True):
                 one.count, one.noise, one.chosen, one.text = count, part, None, text if one.stream == "joint" else 0
                 if one.stream == "text" and plan.unseen:
@@ -200,7 +200,7 @@ class ModuleScope(Engine):
                 shared.matching, branch.past.matched[layer // layers] = None, step
                 cells = (height // down) * (width // right)
                 noise = torch.rand(cells, generator=branch.destinations) if merge.randomize else None
-                into = merging.destinations(self.run.grid, (down, right), noise).to(device)
+                into = store.sent(merging.destinations(self.run.grid, (down, right), noise), device)
             site.bind(shared, plan.merged, height * width, text, self.run.halves, into)
 
     def _then(self, output: Any) -> Any:

@@ -39,6 +39,12 @@ def narrow(features: torch.Tensor, dtype: torch.dtype, device: torch.device | st
     return features.to(device, dtype).clamp_(-most, most)  # before, bfloat16 would round float16's largest up
 
 
+def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Values of the host on a device; the host does not wait for it."""
+    pinned = device.type == "cuda"
+    return (values.pin_memory() if pinned else values).to(device, non_blocking=pinned)
+
+
 def each(function: Callable[..., torch.Tensor], *features: Any) -> Any:
     """A function of tensors, applied to features that may be tuples of them."""
     if isinstance(features[0], tuple):

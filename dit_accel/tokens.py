@@ -7,6 +7,7 @@ import torch
 from dit_accel.config import OutputCacheConfig, TokenCacheConfig
 from dit_accel.sites import Now, Site
 from dit_accel.steps import Index, Memory
+from dit_accel.store import sent
 
 
 class Selection:
@@ -43,9 +44,3 @@ class Selection:
         """Of these [B, N, C]."""
         index: torch.Tensor = self.site.select(tokens).sort(dim=-1).values
         return index[0] if len(index) == 1 else index
-
-
-def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Values of the host on a device; the host does not wait for it."""
-    pinned = device.type == "cuda"
-    return (values.pin_memory() if pinned else values).to(device, non_blocking=pinned)

@@ -51,7 +51,7 @@ class Family:
 
     def __init__(self, path: Path) -> None:
         self.folder = RunFolder(path)
-        self.spec = self.folder.read_spec()["spec"]
+        self.spec = self.folder.begun["spec"]
         self.name, self.score = self.spec["pipelines"][0], self.spec["scores"][0]
         self.rows, times = (pd.read_parquet(path / f"{kind}.parquet") for kind in ("results", "timing"))
         self.summary = summarise(self.rows, times, score=self.score, margin=self.spec["margin"]).set_index("method")

@@ -41,6 +41,7 @@ def cells_of(methods: tuple[dict[str, Any], ...], selector_file: str | None) -> 
         raise SettingError("{name} is empty; give at least one.", "methods")
     cells = [Cell(FULL, kind="full"), Cell(NO_OP, (TokenCacheConfig(interval=1),), kind="no-op")]
     seen = {cell.label for cell in cells}
+    code = hashlib.sha256(Path(selector_file).read_bytes()).hexdigest() if selector_file is not None else ""
     for number, method in enumerate(methods):
         place = ("methods", number)
         if not isinstance(method, dict) or not method:
@@ -53,7 +54,7 @@ def cells_of(methods: tuple[dict[str, Any], ...], selector_file: str | None) -> 
             raise SettingError("output works alone; make cache and merge methods of their own.", *place, "output")
         grids: list[list[Any]] = [_grid(section, method[section], place) if section in method else [None] for section in SECTIONS]
         for *options, count in itertools.product(*grids, _step_counts(method, place)):
-            cell = _cell(dict(zip(SECTIONS, options, strict=True)), count, selector_file, place)
+            cell = _cell(dict(zip(SECTIONS, options, strict=True)), count, code, place)
             if cell.label in seen:
                 raise SettingError(f"The method {cell.label!r} comes twice.", *place)
             seen.add(cell.label)
@@ -74,7 +75,7 @@ def _step_counts(method: dict[str, Any], place: tuple[Any, ...]) -> list[int | N
     return list(counts)
 
 
-def _cell(sections: dict[str, dict[str, Any] | None], steps: int | None, selector_file: str | None, place: tuple[Any, ...]) -> Cell:
+def _cell(sections: dict[str, dict[str, Any] | None], steps: int | None, code: str, place: tuple[Any, ...]) -> Cell:
     configs: list[Config] = []
     words = []
     for section, options in sections.items():
@@ -91,10 +92,8 @@ def _cell(sections: dict[str, dict[str, Any] | None], steps: int | None, selecto
             words.append(_label(section, options))
     if steps is not None:
         words.append(f"{steps} steps")
-    code = ""
-    if selector_file is not None and any(_uses_own_code(config) for config in configs):
-        code = hashlib.sha256(Path(selector_file).read_bytes()).hexdigest()
-    return Cell(" + ".join(words), tuple(configs), steps, "method" if configs else "fewer steps", code)
+    kind, own = "method" if configs else "fewer steps", any(map(_uses_own_code, configs))
+    return Cell(" + ".join(words), tuple(configs), steps, kind, code if own else "")
 
 
 def _uses_own_code(config: Config) -> bool:

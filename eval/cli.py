@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dit_accel.eval.console import overview, planned, say, show_all, watching
-from dit_accel.pipelines.terminal import err, plain_errors, quiet, usage
+from dit_accel.pipelines.terminal import err, plain_errors, quiet, usage, version_option
 
 if TYPE_CHECKING:
     from dit_accel.eval.spec import Spec
@@ -25,18 +25,8 @@ app = typer.Typer(
 CHANGES, MACHINE = "Instead of the specification's", "Machine"
 
 
-def show_version(value: bool) -> None:
-    if value:
-        from importlib.metadata import version
-
-        typer.echo(f"dit-accel-eval {version('dit-accel')}")
-        raise typer.Exit()
-
-
 @app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
+def root(version: Annotated[bool, version_option("dit-accel-eval")] = False) -> None:
     pass
 
 

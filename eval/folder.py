@@ -139,10 +139,6 @@ class RunFolder:
             )
         return self._begun
 
-    def read_spec(self) -> dict[str, Any]:
-        """See `begun`."""
-        return self.begun
-
     def locked(self) -> AbstractContextManager[None]:
         """See `dit_accel.eval.machine.locked`."""
         return locked(self.path)

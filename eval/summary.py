@@ -54,9 +54,10 @@ def summarise(
     parts = []
     for name, some in rows.groupby("pipeline", sort=False):
         timed = times[times["pipeline"] == name]
-        part = _quality(some, score, margin, resamples).join(_cost(timed))
+        scored = _scored(some, score)
+        part = _quality(some, scored, margin, resamples).join(_cost(timed))
         if name in (baselines or {}):
-            part = part.join(_matched(some, timed, score, margin, resamples, (baselines or {})[name]))
+            part = part.join(_matched(some, timed, scored, margin, resamples, (baselines or {})[name]))
         for column in {"score", "seconds"} - set(part):  # nothing was scored, or timed
             part[column] = math.nan
         known = part["score"].notna() & part["seconds"].notna() & (part["kind"] != "no-op")
@@ -67,7 +68,16 @@ def summarise(
     return table[["pipeline", *table.columns.drop("pipeline")]]
 
 
-def _quality(rows: pd.DataFrame, score: str, margin: float, resamples: int) -> pd.DataFrame:
+def _scored(rows: pd.DataFrame, score: str) -> pd.DataFrame | None:
+    """The scores by prompt and method; None if nothing was scored."""
+    if score not in rows:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of missing pictures, which are counted as failed
+        return per_prompt(rows, score)
+
+
+def _quality(rows: pd.DataFrame, scored: pd.DataFrame | None, margin: float, resamples: int) -> pd.DataFrame:
     """One row a method: score, paired difference to full, fidelity."""
     methods = rows["method"].unique()
     kinds = rows.groupby("method", sort=False)["kind"].first()
@@ -75,11 +85,8 @@ def _quality(rows: pd.DataFrame, score: str, margin: float, resamples: int) -> p
     table["kind"] = kinds
     table["pictures"] = rows.groupby("method")["error"].apply(lambda errors: errors.isna().sum())
     table["failed"] = rows.groupby("method")["error"].apply(lambda errors: errors.notna().sum())
-    if score not in rows:
+    if scored is None:
         return table.assign(score=math.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of missing pictures, which are counted as failed
-        scored = per_prompt(rows, score)
     usable = [method for method in methods if FULL in scored and (scored[method].notna() & scored[FULL].notna()).sum() >= 2]
     for method in methods:
         values = scored[method].dropna()
@@ -102,14 +109,16 @@ def _quality(rows: pd.DataFrame, score: str, margin: float, resamples: int) -> p
 
 
 def _matched(
-    rows: pd.DataFrame, times: pd.DataFrame, score: str, margin: float, resamples: int, counts: dict[str, list[str]]
+    rows: pd.DataFrame,
+    times: pd.DataFrame,
+    scored: pd.DataFrame | None,
+    margin: float,
+    resamples: int,
+    counts: dict[str, list[str]],
 ) -> pd.DataFrame:
     """One row a method that was timed: its paired difference to the run with fewer steps that takes its seconds."""
-    if score not in rows or "denoising_seconds" not in times:
+    if scored is None or "denoising_seconds" not in times:
         return pd.DataFrame(columns=["matched"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        scored = per_prompt(rows, score)
     seconds = times[times["error"].isna()].pivot_table(index="round", columns="method", values="denoising_seconds")
     found = {}
     for method in rows.loc[rows["kind"] == "method", "method"].unique():

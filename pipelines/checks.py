@@ -9,7 +9,7 @@ import typer
 
 from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
 from dit_accel.pipelines.methods import Config, parts
-from dit_accel.pipelines.options import flags_of, written
+from dit_accel.pipelines.options import KNOBS, flags_of, written
 
 FEW_STEPS = 4  # of a model that was distilled to so few, nearly all are needed
 
@@ -59,13 +59,9 @@ def refuse_unused(configs: Sequence[Config], given: Collection[str]) -> None:
         if rule.method in found and not rule.active(found[rule.method]):
             for name in rule.options:
                 if name in given:
-                    others = [m for m in found if m != rule.method and name in _parameters(m)]
+                    others = [m for m in found if m != rule.method and m in KNOBS.get(name, {})]
                     if not others:
                         raise typer.BadParameter(f"{written(name)} does nothing {rule.needs}.")
-
-
-def _parameters(method: str) -> set[str]:
-    return {flag.removeprefix("--").replace("-", "_") for flag in flags_of(method).values()}
 
 
 def doubts(configs: Sequence[Config], given: Collection[str], steps: int, few: bool, flux: bool, preset: str | None) -> list[str]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dit_accel.pipelines import lists, options
 from dit_accel.pipelines.extras import start
-from dit_accel.pipelines.terminal import err, plain_errors, quiet, show, usage
+from dit_accel.pipelines.terminal import err, plain_errors, quiet, show, usage, version_option
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,18 +22,8 @@ app = typer.Typer(
 )
 
 
-def show_version(value: bool) -> None:
-    if value:
-        from importlib.metadata import version
-
-        typer.echo(f"dit-accel {version('dit-accel')}")
-        raise typer.Exit()
-
-
 @app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
+def root(version: Annotated[bool, version_option("dit-accel")] = False) -> None:
     pass
 
 

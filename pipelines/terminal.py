@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -45,6 +46,19 @@ def show(table: Table, as_json: bool = False) -> None:
         console.print()
     if table.caption:
         console.print(f"[italic]{table.caption}[/]")
+
+
+def version_option(command: str) -> Any:
+    """`--version`, an option of this command."""
+
+    def show_version(value: bool) -> None:
+        if value:
+            from importlib.metadata import version
+
+            typer.echo(f"{command} {version('dit-accel')}")
+            raise typer.Exit()
+
+    return typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
 
 
 def err() -> Console:

@@ -11,7 +11,6 @@ format.
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import torch
@@ -19,12 +18,11 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 
-from common import sheet
-from data import WORK, pairs, scene, scene_prompt
+from data import WORK
 from generate import open_pipeline
 from loop import Scenes, run
 from text import LENGTH
-from train import Flux, sample, save_pipeline
+from train import Flux, save_pipeline, sheets
 
 GUIDANCE = (1.0, 6.0)
 
@@ -83,14 +81,12 @@ def main(
     model = student_of(pipe)
     vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
     model.transformer.requires_grad_(True)
-    rng = random.Random(1)
-    shown = [scene_prompt(scene(rng, pairs()[0])) for _ in range(18)]
     said = run(
         "distill",
         WORK / "distilled.pt",
         model,
         lambda latents, layouts, captions, generator: distillation_loss(pipe.transformer, model, latents, captions, generator),
-        lambda path: sheet(sample(model, vae, shown, (128, 128)), 6, path),
+        sheets(model, vae),
         Scenes(vae, scenes),
         steps=steps,
         tokens=tokens,

@@ -42,7 +42,8 @@ def from_checkpoint(family: str, dtype: torch.dtype = torch.float32) -> tuple[Di
     if state is None:
         raise SystemExit(f"There is no {path}: start train.py {family} first.")
     model = FAMILIES[family]()
-    for p, average in zip(model.parameters(), state["average"], strict=False):  # the training's own head comes last
+    parameters = list(model.parameters())
+    for p, average in zip(parameters, state["average"][: len(parameters)], strict=True):  # the training's own head comes last
         p.data.copy_(average)
     vae = AutoencoderTiny.from_pretrained(WORK / "vae-cured", dtype=dtype)
     return model.eval().to(dtype).pipeline(vae), state["step"]

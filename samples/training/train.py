@@ -14,6 +14,7 @@ stopped, and --steps may be raised to go on after the end. Writes the finished p
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -193,6 +194,19 @@ def sample(model: Flux | PixArt, vae: AutoencoderTiny, prompts: list[str], size:
     return images * 2 - 1
 
 
+def sheets(model: Flux | PixArt, vae: AutoencoderTiny) -> Callable[[Path], None]:
+    """Writes a sheet of the same 18 scenes to a file, each time with the weights of the moment."""
+    rng = random.Random(1)
+    shown = [scene_prompt(scene(rng, pairs()[0])) for _ in range(18)]
+
+    def show(path: Path) -> None:
+        model.eval()
+        sheet(sample(model, vae, shown, (128, 128)), 6, path)
+        model.train()
+
+    return show
+
+
 def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> None:
     """In diffusers format, with its model card; the transformer in bfloat16, which halves the folder."""
     pipe.transformer.to(torch.bfloat16)
@@ -263,17 +277,9 @@ def main(
     elif family == "pixart":
         model.text_encoder.load_state_dict(T5EncoderModel.from_pretrained(t5_path).state_dict())
     vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
-    rng = random.Random(1)
-    shown = [scene_prompt(scene(rng, pairs()[0])) for _ in range(18)]
-
-    def show(path: Path) -> None:
-        model.eval()
-        sheet(sample(model, vae, shown, (128, 128)), 6, path)
-        model.train()
-
     learner = Learner(model, layout)
     settings = {"steps": steps, "tokens": tokens, "lr": lr, "bf16": bf16, "checkpoint_minutes": checkpoint_minutes}
-    said = run(family, out.with_suffix(".pt"), learner, learner.loss, show, Scenes(vae, scenes), **settings)
+    said = run(family, out.with_suffix(".pt"), learner, learner.loss, sheets(model, vae), Scenes(vae, scenes), **settings)
     save_pipeline(model.eval().pipeline(vae), out)
     typer.echo(f"{said}, saved to {out}")
 
