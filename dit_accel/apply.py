@@ -35,7 +35,7 @@ def applied_to(model: Any) -> Any:
 
 
 def apply(model: Model, config: Config | Sequence[Config], *, record: bool = False) -> Model:
-    """Compute only some tokens from now on. Whatever was applied before is replaced.
+    """Compute only some tokens from now on. Whatever was applied before is replaced; after an error, nothing stays applied by half.
 
     Args:
         model: a pipeline of diffusers or its transformer; FLUX or PixArt for token caching and merging.
@@ -50,9 +50,7 @@ def apply(model: Model, config: Config | Sequence[Config], *, record: bool = Fal
         ValueError: for a selector or an option that this family has no use for.
         RuntimeError: when something else that cannot be combined is active; the message says what to switch off.
     """
-    for engine in _attach(model, config, record, processors_only=False):
-        if processors := engine.attn_processors():
-            engine.transformer.set_attn_processor(processors)
+    _attach(model, config, record, processors_only=False)
     return model
 
 
@@ -97,14 +95,16 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> lis
             f"alone; not {', '.join(kind.__name__ for kind in kinds) or 'empty'}."
         )
     remove(model)
-    for engine in engines:
-        try:
+    try:
+        for engine in engines:
+            engine.transformer._dit_accel, engine.transformer.__reduce_ex__ = engine, _refuse_copies
             engine.attach()
-        except (TypeError, ValueError):
-            engine.detach()
-            raise
-        hook.attach(engine.transformer, engine, None if isinstance(model, torch.nn.Module) else model)
-        engine.transformer._dit_accel, engine.transformer.__reduce_ex__ = engine, _refuse_copies
+            hook.attach(engine.transformer, engine, None if isinstance(model, torch.nn.Module) else model)
+            if not processors_only and (processors := engine.attn_processors()):
+                engine.transformer.set_attn_processor(processors)
+    except BaseException:
+        remove(model)
+        raise
     return engines
 
 

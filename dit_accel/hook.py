@@ -136,7 +136,7 @@ def register(module: Any, hook: Any, name: str) -> None:
 
 
 def unregister(module: Any, name: str) -> None:
-    """The inverse of `register`; nothing of it stays."""
+    """The inverse of `register`; nothing of it stays, however far it came."""
     with _without_offloading(module):
         registry = HookRegistry.check_if_exists_or_initialize(module)
         registry.remove_hook(name, recurse=False)
@@ -156,8 +156,10 @@ def _without_offloading(module: Any) -> Iterator[None]:
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
     remove_hook_from_module(module)
-    yield
-    add_hook_to_module(module, offloading)
+    try:
+        yield
+    finally:
+        add_hook_to_module(module, offloading)
 
 
 def refuse_other_caches(transformer: Any) -> None:

@@ -98,8 +98,8 @@ class Packed:
             self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             self._undo.append(module.register_forward_hook(functools.partial(self._after, block)).remove)
             for name, part in parts(module, block.stack.mixers + block.stack.idle):
-                hook.register(part, _Part(self, block, name), HOOK)
                 self._undo.append(functools.partial(hook.unregister, part, HOOK))
+                hook.register(part, _Part(self, block, name), HOOK)
         head = self.transformer.get_submodule(self.family.head)
         for module in head.values() if isinstance(head, torch.nn.ModuleDict) else (head,):
             self._undo.append(module.register_forward_hook(self._head).remove)

@@ -1,5 +1,6 @@
 """Does a block treat every token by itself once its mixers are set aside? Checked before tokens are selected."""
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -31,41 +32,35 @@ def subset_check(transformer: Any, family: Family) -> None:
     """Run a block of every stack on random tokens and on a fifth of them; TypeError with the name of what gives other rows."""
     checked: set[str] = set()
     for site, block in blocks_of(transformer, family):
-        if site.stack.blocks in checked:
-            continue
-        checked.add(site.stack.blocks)
-        inside = parts(block, site.stack.mixers)
-        for _, mixer in inside:
-            hook.register(mixer, _Through(site.stack.text), HOOK)
-        try:
-            _check(site, block, transformer.dtype, {id(part) for _, mixer in inside for part in mixer.modules()})
-        finally:
-            for _, mixer in inside:
-                hook.unregister(mixer, HOOK)
+        if site.stack.blocks not in checked:
+            checked.add(site.stack.blocks)
+            with contextlib.ExitStack() as undo:
+                _check(site, block, transformer.dtype, undo)
 
 
-def _check(site: Block, block: Any, dtype: torch.dtype, known: set[int]) -> None:
-    prefix, given = f"{site.stack.blocks}.0", _example(site, block, dtype)
+def _check(site: Block, block: Any, dtype: torch.dtype, undo: contextlib.ExitStack) -> None:
+    mixers, prefix, given = parts(block, site.stack.mixers), f"{site.stack.blocks}.0", _example(site, block, dtype)
+    for _, mixer in mixers:
+        undo.callback(hook.unregister, mixer, HOOK)
+        hook.register(mixer, _Through(site.stack.text), HOOK)
+    known = {id(part) for _, mixer in mixers for part in mixer.modules()}
     tokens = given[site.stack.tokens]
     rows = torch.arange(0, TOKENS, STRIDE, device=tokens.device)
     trace: list[tuple[str, Any]] = []
-    handles = []
     for path, module in block.named_modules():
         if id(module) in known:
             continue
         name = f"{prefix}.{path}".rstrip(".") + f" ({type(module).__name__})"
         if any(size != 1 for size in getattr(module, "kernel_size", ())):
             raise TypeError(_refusal(name))
-        handles.append(module.register_forward_hook(lambda module, args, output, name=name: trace.append((name, output))))
+        handle = module.register_forward_hook(lambda module, args, output, name=name: trace.append((name, output)))
+        undo.callback(handle.remove)
     try:
         block(**given)
         whole, trace = trace, []
         block(**{**given, site.stack.tokens: tokens[:, rows]})
     except Exception as error:
         raise TypeError(_refusal(f"{prefix} ({type(block).__name__})") + f" It failed on some of its tokens: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
     words = torch.arange(TEXT, device=tokens.device)
     joint = torch.cat([rows, words + TOKENS] if site.stack.text_last else [words, rows + TEXT])
     for (name, expected), (_, found) in zip(whole, trace, strict=True):

@@ -60,8 +60,7 @@ def attach(block: Any, blocks: Blocks, sites: tuple[Any, ...], merging: MergeSit
 
 def detach(block: Any) -> None:
     """The inverse of `attach`; does nothing for other blocks."""
-    if HOOK in getattr(getattr(block, "_diffusers_hook", None), "hooks", {}):
-        hook.unregister(block, HOOK)
+    hook.unregister(block, HOOK)
 
 
 def add_gated(site: Cached, hidden: torch.Tensor, gate: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.hooks import HookRegistry
+from diffusers.models.transformers.transformer_flux import FluxAttention
 
 import dit_accel
-from dit_accel import OutputCacheConfig, TokenCacheConfig, store
+from dit_accel import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig, store
+from dit_accel.apply import transformers_of
+from tests.dit_accel import tiny
 
 CACHES = [TokenCacheConfig(interval=3, cache_ratio=0.8), OutputCacheConfig(interval=3)]
 IDS = ["module", "model"]
@@ -134,3 +139,70 @@ def test_the_number_of_steps_is_that_of_the_run(tiny_flux, config):
     for t in torch.linspace(0.8, 0.1, 8):
         pipe.transformer(**given, timestep=t[None])
     assert modes(pipe) == "fppfppfp" and [moment.steps for moment in seen[2:]] == 6 * [None]
+
+
+def state(model):
+    modules = list(model.named_modules())
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for _, module in modules]
+    processors = [type(processor) for processor in model.attn_processors.values()]
+    return [(path, type(module), sorted(vars(module))) for path, module in modules], hooks, processors, list(model.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config",
+    [
+        OutputCacheConfig(),
+        OutputCacheConfig(compute_ratio=0.5),
+        [TokenCacheConfig(interval=3), TokenMergeConfig(merge_mlp=True)],
+    ],
+    ids=["forecast", "packed", "module"],
+)
+def test_where_applying_fails_nothing_stays(tiny_flux, monkeypatch, config):
+    """Whichever hook or processor it is that cannot be put in, on the first or the second transformer of the pipeline."""
+    pipe = tiny_flux(layers=1, single_layers=1)
+    if isinstance(config, OutputCacheConfig):
+        pipe.transformer_2 = tiny_flux(layers=1, single_layers=1).transformer
+    models = transformers_of(pipe)
+    add_hook_to_module(models[0], ModelHook())  # as offloading does
+    before, stock = [state(model) for model in models], models[0](**inputs(), timestep=torch.tensor([0.7]))[0]
+    left = 0
+
+    def failing(stock):
+        def fails(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if not left:
+                raise RuntimeError("out of luck")
+            return stock(*args, **kwargs)
+
+        return fails
+
+    register = ["register_forward_hook", "register_forward_pre_hook"]
+    owners = [(torch.nn.Module, name) for name in register] + [(HookRegistry, "register_hook"), (FluxAttention, "set_processor")]
+    for owner, name in owners:
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    for failures in range(1, 1000):
+        left = failures
+        try:
+            dit_accel.apply(pipe, config)
+        except (RuntimeError, TypeError):
+            assert [state(model) for model in models] == before
+            continue
+        break
+    assert failures > 2
+    left = 0
+    dit_accel.remove(pipe)
+    assert [state(model) for model in models] == before
+    assert torch.equal(models[0](**inputs(), timestep=torch.tensor([0.7]))[0], stock)
+
+
+def test_a_transformer_that_is_refused_is_left_as_it_was():
+    """By a part of a block that was looked at after others."""
+    model, _ = tiny.transformer("pixart")
+    block, before = model.transformer_blocks[0], state(model)
+    block.ff.net.append(torch.nn.Conv1d(3, 3, 3))
+    with pytest.raises(TypeError, match=r"transformer_blocks\.0\.ff\.net\.3 \(Conv1d\) mixes tokens"):
+        dit_accel.apply(model, OutputCacheConfig(compute_ratio=0.5))
+    del block.ff.net[3]
+    assert state(model) == before
