@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -25,16 +26,22 @@ def processor() -> str:
 PACKAGES = ("dit-accel", "torch", "diffusers", "transformers", "cache-dit", "tomesd")
 
 
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {one.name.replace("_", "-"): one.version for one in distributions()}
+    return {name: found[name] for name in PACKAGES if name in found}
+
+
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows of measurements whole or not at all."""
-    found = {one.name.replace("_", "-"): one.version for one in distributions()}
     machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine,
-        "versions": {name: found[name] for name in PACKAGES if name in found},
+        "versions": versions(),
         "rows": rows,
     }
     write_atomically(path, json.dumps(record, indent=1).encode())
