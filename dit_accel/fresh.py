@@ -26,6 +26,8 @@ class Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Given | None = None) -> Any:
         if self.done or func is not F.scaled_dot_product_attention:
+            if func is torch.Tensor.unflatten:  # it calls super(), which torch.compile cannot follow inside a mode
+                func = torch.unflatten
             return func(*args, **(kwargs or {}))
         self.done, given = True, {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
         self.change(given)

@@ -105,7 +105,8 @@ def attach(transformer: Any, engine: Engine, pipeline: Any) -> None:
         stock = transformer.forward
 
         # Not the hook's own `new_forward`, whose wrapper torch.compile would have to see through: it compiles the stock forward
-        # alone. When the hook is removed, whatever lies on top is linked to the forward beneath it, and this here is gone.
+        # alone, or what is called in its place. When the hook is removed, whatever lies on top is linked to the forward beneath
+        # it, and this here is gone.
         @functools.wraps(stock)
         @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -116,8 +117,8 @@ def attach(transformer: Any, engine: Engine, pipeline: Any) -> None:
                 )
             try:
                 todo = hook.decide(transformer, args, kwargs)
-                if todo.skip:
-                    return todo.then(None)
+                if todo.instead is not None:
+                    return todo.then(todo.instead())
                 if todo.change is not None:
                     args, kwargs = todo.change((args, kwargs))
                 with todo.within:

@@ -132,9 +132,15 @@ class ModelScope(Engine):
 
     def carry_out(self, plan: StepPlan, branch: Branch, moment: Moment, call: Call) -> Todo:
         config, full = self.config, plan.mode is Mode.FULL
+        instead: Callable[[], Any] | None = None
         change: Callable[[Any], Any] | None = None
         within: AbstractContextManager[Any] = nullcontext()
-        if plan.rows == 0.5:
+        if plan.rows == 0:
+            kept, weights = branch.outputs, plan.weights
+            if branch.conditional is not None:
+                kept, weights = branch.differences, plan.difference
+            instead = functools.partial(store.combined, kept[: len(weights)], store.numbers(weights))
+        elif plan.rows == 0.5:
             part = functools.partial(store.later_rows, batch=len(call.latents), share=0.5)
             change = torch.compiler.disable(functools.partial(tree_map, part))
         elif self.packed is not None and branch.conditional is None:
@@ -148,8 +154,8 @@ class ModelScope(Engine):
                 within = self.packed.partial(branch.tokens, branch.selection.at(moment.step), plan.weights)
 
         def then(output: Any) -> Any:
-            leaves: list[Any] = []
-            if output is not None:
+            leaves = output
+            if instead is None:
                 leaves, branch.spec = tree_flatten(output)
             leaves = self._answer(plan, branch, moment, leaves)
             branch.conditional = None
@@ -158,15 +164,15 @@ class ModelScope(Engine):
             assert branch.spec is not None
             return tree_unflatten(leaves, branch.spec)
 
-        return Todo(plan.rows == 0, change, within, then)
+        return Todo(instead, change, within, then)
 
     def _answer(self, plan: StepPlan, branch: Branch, moment: Moment, leaves: list[Any]) -> list[Any]:
-        """The output's leaves, of those that the model returned; of none if it was not called."""
+        """The output's leaves, of those that the model returned, or that were forecast in its place."""
         full = plan.mode is Mode.FULL
         if branch.conditional is not None:
             conditional = branch.conditional[2]
             if not full:
-                return store.paired(torch.sub, conditional, store.combined(branch.differences, plan.difference))
+                return store.paired(torch.sub, conditional, leaves)
             self._differ(branch, moment, conditional, leaves)
             return leaves
         whole, half = leaves, self.run.halves
@@ -175,8 +181,6 @@ class ModelScope(Engine):
             self._differ(branch, moment, leaves, unconditional)
         if full:
             self._remember(branch, moment, leaves)
-        elif self.packed is None:
-            leaves = store.combined(branch.outputs, plan.weights)
         if half:
             if full and not plan.difference:
                 return whole

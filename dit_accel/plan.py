@@ -15,7 +15,7 @@ from dit_accel.when import Matched, Mode
 class Todo:
     """How a call is answered."""
 
-    skip: bool = False  # whether the model's own forward is not called
+    instead: Callable[[], Any] | None = None  # called in place of the model's own forward
     change: Callable[[Any], Any] | None = None  # made of its arguments
     within: AbstractContextManager[Any] = nullcontext()  # what it is called in
     then: Callable[[Any], Any] = lambda output: output  # makes the answer of what it returns

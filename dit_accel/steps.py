@@ -104,7 +104,7 @@ class Partial:
         self.family, self.fresh, self.last, self.memory, self.count = family, attention == "fresh", last, memory, len(weights)
         # Made here: a compiled graph would hold for these weights alone.
         known = 0 < self.count <= len(memory.outputs)
-        self.forecast = store.combined(memory.outputs, tuple(weights))[0] if known else None
+        self.forecast = store.combined(memory.outputs, weights)[0] if known else None
         self.index: Any = index
         self.x: Any = None
         self.words: Any = None

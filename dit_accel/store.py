@@ -3,7 +3,7 @@
 The output of a transformer is the list of its leaves, of which only floating tensors are remembered; any other is passed on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,12 @@ def _alike(a: Any, b: Any) -> bool:
     return not counts(a) or (counts(b) and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device)
 
 
-def combined(kept: list[list[Any]], weights: tuple[float, ...]) -> list[Any]:
+def numbers(weights: Sequence[float]) -> tuple[torch.Tensor, ...]:
+    """Weights that a compiled graph takes as they come, on the host; it would hold for the values of floats alone."""
+    return torch.tensor(weights, device="cpu").unbind()
+
+
+def combined(kept: Sequence[list[Any]], weights: Sequence[float | torch.Tensor]) -> list[Any]:
     """The weighted sum of remembered leaves, newest first, in float32."""
     total = []
     for parts in zip(*kept, strict=True):
@@ -93,7 +98,7 @@ def combined(kept: list[list[Any]], weights: tuple[float, ...]) -> list[Any]:
             continue
         leaf = parts[0].float() * weights[0]
         for part, weight in zip(parts[1:], weights[1:], strict=False):
-            leaf = leaf.add_(part, alpha=weight)
+            leaf += part.float() * weight
         total.append(leaf.to(parts[0].dtype))
     return total
 

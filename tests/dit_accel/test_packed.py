@@ -330,21 +330,22 @@ def test_text_is_not_computed_while_attention_is_reused(name: str, module: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "attention", "whole"),
+    ("name", "attention"),
     [
-        ("pixart", "reuse", True),
-        pytest.param("pixart", "fresh", True, marks=pytest.mark.slow),
-        pytest.param("flux", "reuse", True, marks=pytest.mark.slow),
-        pytest.param("flux", "fresh", False, marks=pytest.mark.slow),
+        ("pixart", "reuse"),
+        ("flux", "fresh"),
+        pytest.param("pixart", "fresh", marks=pytest.mark.slow),
+        pytest.param("flux", "reuse", marks=pytest.mark.slow),
+        pytest.param("qwen", "fresh", marks=pytest.mark.slow),
     ],
 )
-def test_compiled(name: str, attention: str, whole: bool) -> None:
-    """A run compiles nothing that the runs before it have compiled; the graph is whole but for FLUX's fresh attention."""
+def test_compiled(name: str, attention: str) -> None:
+    """Into whole graphs; a run compiles nothing that the runs before it have compiled."""
     bench, memory, counter = Bench(name, attention, attach=False), Memory(), CompileCounter()
     bench.packed.attach()
     eager = Memory()
     torch._dynamo.reset()
-    compiled, frames = torch.compile(bench.model, backend=counter, fullgraph=whole), []
+    compiled, frames = torch.compile(bench.model, backend=counter, fullgraph=True), []
     for _ in range(3):
         for time in (0.9, 0.8, 0.7, 0.6):
             bench.full(eager, time)
