@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from dit_accel import how, when
 from dit_accel.how import MOST
+from dit_accel.names import look_up
 from dit_accel.options import Options, option
 
 
@@ -27,7 +30,10 @@ def _device(name: str) -> None:
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 SEED = "Seed of the selection's own random numbers; it does not touch the picture's noise."
-SELECTOR = "Name of the score that chooses the tokens to compute, from `dit-accel selectors` or `dit_accel.selectors()`."
+SELECTOR = (
+    "Score that chooses the tokens to compute: a name from `dit-accel selectors` or `dit_accel.selectors()`, or (in Python) a "
+    "function `dit_accel.SelectionContext` -> scores."
+)
 
 # FORA: arXiv 2407.01425. ToCa: arXiv 2410.05317 and the settings of its released FLUX and PixArt-alpha code.
 # TaylorSeer: arXiv 2503.06923; 10 full steps of 50 give its 4.99 times fewer FLOPs on FLUX.1-dev.
@@ -63,7 +69,7 @@ class TokenCacheConfig(Options):
     cache_ratio: float = option(
         0.9, "Share of the tokens taken from the cache on a partial step: 0 caches nothing, at 1 no token is computed.", 0, 1
     )
-    selector: str = option("random", SELECTOR, known=_selector)
+    selector: str | Callable[..., Any] = option("random", SELECTOR, known=_selector)
     warmup_steps: int = option(1, "Full steps at the start, at least 1.", 1)
     interval_spread: float = option(
         0.0, "w, shrinks the interval along the run: round(N / (1 - w + 2 w s / S)) after full step s of S.", 0, 0.99
@@ -113,6 +119,7 @@ class TokenCacheConfig(Options):
     cache_device: str | None = option(
         None, "Device on which features are kept, such as cpu; by default the model's.", known=_device
     )
+    published_as = ""  # not an option: the preset that it was made from
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TokenCacheConfig:
@@ -121,9 +128,9 @@ class TokenCacheConfig(Options):
         Raises:
             ValueError: for a name that is not known, with those that are.
         """
-        if name not in PRESETS:
-            raise ValueError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
-        return cls.from_dict({**PRESETS[name], **changes})
+        config = cls.from_dict({**look_up("preset", name, PRESETS), **changes})
+        object.__setattr__(config, "published_as", name)
+        return config
 
 
 @dataclass(frozen=True)
@@ -226,8 +233,10 @@ class OutputCacheConfig(Options):
         "of the two was.",
         0,
     )
-    how: str = option(
-        "polynomial", "Weights for past outputs: reuse, polynomial, taylor, hermite, or your own (`register_how`).", known=how.get
+    how: str | how.Weights = option(
+        "polynomial",
+        "Weights for past outputs: reuse, polynomial, taylor, hermite, or your own (`register_how`, or in Python a function).",
+        known=how.get,
     )
     order: int | tuple[int, ...] = option(
         1,
@@ -243,7 +252,7 @@ class OutputCacheConfig(Options):
     compute_ratio: float = option(
         0.0, "Share of the image tokens that are computed between full steps, the same in all layers.", 0, 1
     )
-    selector: str = option("random", SELECTOR, known=_selector)
+    selector: str | Callable[..., Any] = option("random", SELECTOR, known=_selector)
     attention: str = option(
         "reuse",
         "Attention of the computed tokens: reuse that of the last full step, or fresh: computed against the keys and values of "
@@ -261,6 +270,11 @@ class OutputCacheConfig(Options):
             raise ValueError("guidance_steps must be a whole number of at least 1, not 0; or numbers of steps.")
         if sum(value is not None for value in (self.full_steps, self.tolerance, self.when)) > 1:
             raise ValueError("full_steps, tolerance and when each say when a step is full; give one of them.")
+
+
+def load_config(path: str | os.PathLike[str]) -> Options:
+    """The configuration that its method `save` wrote to a file, of whichever class; raises what `load` raises."""
+    return Options.load(path)
 
 
 def each(value: Any) -> tuple[Any, ...]:

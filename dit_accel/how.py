@@ -11,8 +11,11 @@ one's own:
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+
+from dit_accel.names import look_up, registering
 
 Weights = Callable[[Sequence[float], float, int], list[float]]
 
@@ -20,24 +23,21 @@ HOW: dict[str, Weights] = {}
 MOST = 3  # the highest order
 
 
-def register_how(name: str) -> Callable[[Weights], Weights]:
-    """Decorator that makes a function (times, now, order) -> weights known by name; a name can be taken again."""
+def register_how(name: str | Weights | None = None) -> Callable[..., Any]:
+    """Decorator that makes a function (times, now, order) -> weights known by name, by default its own; it can be taken again.
 
-    def register(weights: Weights) -> Weights:
-        HOW[name] = weights
-        return weights
-
-    return register
-
-
-def get(name: str) -> Weights:
-    """The method of that name; ValueError with the known names if there is none."""
-    if name not in HOW:
-        raise ValueError(f"There is no method {name!r}; there are {', '.join(HOW)}.")
-    return HOW[name]
+    Raises:
+        ValueError: for the name of one of dit_accel's own.
+    """
+    return registering("method", name, HOW)
 
 
-def coefficients(how: str, times: Sequence[float], now: float, order: int, damping: float = 1.0) -> list[float]:
+def get(name: str | Weights) -> Weights:
+    """The method of that name, or the function itself; ValueError with the known names if there is none."""
+    return name if callable(name) else look_up("method", name, HOW)
+
+
+def coefficients(how: str | Weights, times: Sequence[float], now: float, order: int, damping: float = 1.0) -> list[float]:
     """Weights of the past, newest first, for a value now: damping times the method's, the rest on the newest.
 
     Args:

@@ -5,13 +5,20 @@ The command line and the docs are made from the fields, so every option is descr
 
 import dataclasses
 import inspect
+import json
 import math
 import numbers
+import os
 import textwrap
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+
+from dit_accel.names import meant
 
 Config = TypeVar("Config", bound="Options")
 
@@ -29,6 +36,13 @@ def option(default: Any, help: str, least: float = -math.inf, most: float = math
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def _plain(value: Any) -> Any:
+    """A value of Python for one of numpy, and the name of a type or a device of torch."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return str(value).removeprefix("torch.") if type(value).__name__ in ("dtype", "device") else value
+
+
 def _as(kind: Any, value: Any, least: float, most: float) -> Any:
     """The value as one of this kind; ValueError with what would do if it is none."""
     ends = f"of at least {least}" if most == math.inf else f"between {least} and {most}"
@@ -36,7 +50,7 @@ def _as(kind: Any, value: Any, least: float, most: float) -> Any:
         inner, *others = typing.get_args(kind)
         length = len(others) + 1 if Ellipsis not in others else 0
         try:
-            if isinstance(value, (tuple, list)) and value and (not length or len(value) == length):
+            if isinstance(value, (tuple, list, range)) and value and (not length or len(value) == length):
                 return tuple(_as(inner, part, least, most) for part in value)
         except ValueError:
             pass
@@ -46,7 +60,7 @@ def _as(kind: Any, value: Any, least: float, most: float) -> Any:
         return int(value)
     if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         if math.isfinite(value) and least <= float(value) <= most:
-            return value if isinstance(value, (int, float)) else float(value)  # of numpy
+            return value
     if kind in (bool, str, type(None)) and isinstance(value, kind):
         return value
     if kind not in (int, float, bool, str, type(None)) and callable(value):
@@ -68,12 +82,18 @@ class Options:
         ]
         cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
 
+    def __new__(cls, *args: Any, **values: Any) -> "Options":
+        """TypeError for an option that does not exist, with the one that was probably meant."""
+        if wrong := cls._unknown(values):
+            raise TypeError(wrong)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            name, value, limits, words = field.name, getattr(self, field.name), field.metadata, []
+            name, value, limits, words = field.name, _plain(getattr(self, field.name)), field.metadata, []
             choices, known = limits.get("choices"), limits.get("known")
             if choices is not None and value not in choices and not callable(value):
-                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.{meant(value, choices)}")
             for kind in self.kinds()[name]:
                 try:
                     object.__setattr__(self, name, _as(kind, value, limits["least"], limits["most"]))
@@ -92,10 +112,50 @@ class Options:
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         """The inverse of `to_dict`; an unknown key raises ValueError."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; its options are {', '.join(known)}.")
+        if wrong := cls._unknown(values):
+            raise ValueError(wrong)
         return cls(**values)
+
+    @classmethod
+    def _unknown(cls, values: typing.Iterable[str]) -> str:
+        """A sentence about the names that are no options; nothing if all are."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        wrong = [name for name in values if name not in known]
+        hint = meant(wrong[0], known) if wrong else ""
+        return f"{cls.__name__} has no option {', '.join(wrong)}.{hint} Its options are {', '.join(known)}." if wrong else ""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all options to a JSON file, which is replaced as a whole or not at all; `load` is the inverse.
+
+        Raises:
+            ValueError: if an option is a function, which a file cannot hold.
+        """
+        values = {"config": type(self).__name__, **self.to_dict()}
+        if functions := [name for name, value in values.items() if callable(value)]:
+            raise ValueError(f"{functions[0]} is a function, which a file cannot hold; register it and give its name.")
+        part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
+        try:
+            part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
+        """The configuration that `save` wrote to a file; `dit_accel.load_config` reads any kind.
+
+        Raises:
+            ValueError: if the file holds none, or one of another class.
+        """
+        try:
+            values = json.loads(Path(path).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is no JSON: {error}.") from error
+        kinds = {kind.__name__: kind for kind in cls.__subclasses__() or [cls]}
+        name = values.pop("config", None) if isinstance(values, dict) else None
+        if name not in kinds:
+            raise ValueError(f"{os.fspath(path)} holds {name or 'no configuration'}; expected {' or '.join(kinds)}.")
+        return kinds[name].from_dict(values)
 
     @classmethod
     def kinds(cls) -> dict[str, tuple[Any, ...]]:

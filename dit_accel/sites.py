@@ -156,7 +156,7 @@ class Site(Cached):
             grid=now.grid,
             text=self.text - start,
             where=self,
-            **{name: seen[:, start:] for name, seen in self.memory.observed.items()},
+            observed={name: seen[:, start:] for name, seen in self.memory.observed.items()},
         )
         scores = which.scored(self.selector, config.selector, context, len(tokens) if self.selector.per_picture else len(noise))
         bonus = config.spatial_bonus if self.stream != "text" else 0.0

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
+
+from dit_accel.names import look_up, registering
 
 
 class Mode(Enum):
@@ -97,27 +100,20 @@ Rule = Callable[[Progress], int]
 WHEN: dict[str, Rule] = {}
 
 
-def register_when(name: str) -> Callable[[Rule], Rule]:
-    """Decorator that makes a function Progress -> steps until the next full one known by name; a name can be taken again.
+def register_when(name: str | Rule | None = None) -> Callable[..., Any]:
+    """Decorator that makes a function Progress -> steps until the next full one known by name, by default its own.
 
     @dit_accel.register_when("mine")
     def mine(progress):
         "Dense at both ends."
         return 1 if progress.step < 4 or progress.step > progress.steps - 4 else 3
     """
-
-    def register(rule: Rule) -> Rule:
-        WHEN[name] = rule
-        return rule
-
-    return register
+    return registering("rule", name, WHEN)
 
 
-def get(name: str) -> Rule:
-    """The rule of that name; ValueError with the known names if there is none."""
-    if name not in WHEN:
-        raise ValueError(f"There is no rule {name!r} for full steps; registered are: {', '.join(WHEN) or 'none'}.")
-    return WHEN[name]
+def get(name: str | Rule) -> Rule:
+    """The rule of that name, or the function itself; ValueError with the known names if there is none."""
+    return name if callable(name) else look_up("rule", name, WHEN)
 
 
 def every(interval: int, spread: float = 0.0) -> Rule:

@@ -9,14 +9,15 @@ A selector of one's own:
 """
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from dit_accel.chunks import at_once
+from dit_accel.names import called, look_up, ours, registering
 
 CHUNK = 64  # tokens whose similarities to all others exist at the same time on a CPU
 ROWS = 512  # tokens that exist in float32 at the same time on a CPU
@@ -48,8 +49,7 @@ class SelectionContext:
         text: text tokens at the front of the sequence.
         where: has `layer`, the layer's index within its stream; `stream`, which is "image", "text", "joint",
             "cross-attention" or "feed-forward"; and `step`, from 0. All three are properties of the context as well.
-        keys, values, key_norms, value_norms, attention, entropy, last_tokens: see `OBSERVATIONS`; None unless the selector
-            said that it needs them.
+        observed: what the selector said that it needs, by the names of `OBSERVATIONS`; `context.keys` is `observed["keys"]`.
     """
 
     tokens: torch.Tensor
@@ -59,13 +59,16 @@ class SelectionContext:
     grid: tuple[int, int]
     text: int
     where: Any
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    key_norms: torch.Tensor | None = None
-    value_norms: torch.Tensor | None = None
-    attention: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    last_tokens: torch.Tensor | None = None
+    observed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name not in OBSERVATIONS:
+            raise AttributeError(f"A SelectionContext has no {name}.")
+        if name not in self.observed:
+            raise ValueError(
+                f"The selector looks at context.{name}, which nobody kept for it; register it with needs={{{name!r}}}."
+            )
+        return self.observed[name]
 
     # Not fields: what is read becomes a constant of a compiled graph, and the step changes all the time.
     layer = property(lambda self: self.where.layer)
@@ -95,12 +98,17 @@ _SELECTORS: dict[str, Selector] = {}
 
 
 def register_selector(
-    name: str, *, needs: Collection[str] = (), per_picture: bool = True, blind: bool = False, uses_tokens: bool = True
-) -> Callable[[Score], Score]:
+    name: str | Score | None = None,
+    *,
+    needs: Collection[str] = (),
+    per_picture: bool = True,
+    blind: bool = False,
+    uses_tokens: bool = True,
+) -> Callable[..., Any]:
     """Decorator that makes a function SelectionContext -> scores [1 or B, N] known by name.
 
     Args:
-        name: what configurations and the command line call it. A name can be taken only once.
+        name: what configurations and the command line call it, by default the function's own; it can be taken again.
         needs: what has to be remembered for it, from `OBSERVATIONS`.
         per_picture: False for scores [1, N] that are the same for every picture of a batch, which spares memory traffic.
         uses_tokens: False if the score does not depend on the layer's inputs (tokens, last_tokens): FLUX then need not compute
@@ -109,28 +117,26 @@ def register_selector(
             step with a row for every layer, scores [layers, N], which spares most of a selection's cost; its tokens say nothing.
 
     Raises:
-        ValueError: for a name that is taken, a need that is not known, or a blind selector that needs anything.
+        ValueError: for the name of one of dit_accel's own, a need that is not known, or a blind selector that needs anything.
     """
     if blind and (per_picture or needs):
         raise ValueError("A blind selector looks at no picture: give per_picture=False and no needs.")
     if unknown := sorted(set(needs) - set(OBSERVATIONS)):
         raise ValueError(f"A selector cannot need {', '.join(unknown)}; it can need {', '.join(OBSERVATIONS)}.")
 
-    def register(score: Score) -> Score:
-        if name in _SELECTORS:
-            raise ValueError(f"There is a selector named {name!r} already; choose another name.")
+    def make(score: Score) -> Selector:
         description = (score.__doc__ or "").strip().split("\n")[0]
-        _SELECTORS[name] = Selector(score, description, frozenset(needs), per_picture, blind, uses_tokens and not blind)
-        return score
+        return Selector(score, description, frozenset(needs), per_picture, blind, uses_tokens and not blind)
 
-    return register
+    return registering("selector", name, _SELECTORS, make)
 
 
-def get(name: str) -> Selector:
-    """The selector of that name; ValueError with the known names if there is none."""
-    if name not in _SELECTORS:
-        raise ValueError(f"There is no selector {name!r}; there are {', '.join(_SELECTORS)}.")
-    return _SELECTORS[name]
+def get(name: str | Score) -> Selector:
+    """The selector of that name, or of a function, registered or not; ValueError with the known names if there is none."""
+    if callable(name):
+        unknown = Selector(name, "", frozenset(), per_picture=True, blind=False, uses_tokens=True)
+        return next((known for known in _SELECTORS.values() if known.score is name), unknown)
+    return look_up("selector", name, _SELECTORS)
 
 
 def selectors() -> dict[str, str]:
@@ -138,14 +144,26 @@ def selectors() -> dict[str, str]:
     return {name: selector.description for name, selector in _SELECTORS.items()}
 
 
-def scored(selector: Selector, name: str, context: SelectionContext, rows: int) -> torch.Tensor:
-    """The selector's scores, [1 or rows, N]; ValueError if they have another shape."""
-    scores = selector.score(context)
-    if scores.ndim != 2 or len(scores) not in (1, rows) or scores.shape[1] != context.tokens.shape[1]:
-        raise ValueError(
-            f"The selector {name!r} returned scores of shape {list(scores.shape)}; it must return "
-            f"[{'1' if rows == 1 else f'1 or {rows}'}, {context.tokens.shape[1]}], one for each of context.tokens."
-        )
+_SEEN: set[Selector] = set()  # whose scores have been looked at once
+
+
+def scored(selector: Selector, name: str | Score, context: SelectionContext, rows: int) -> torch.Tensor:
+    """The selector's scores, [1 or rows, N].
+
+    Raises:
+        ValueError: if they have another shape or are no tensor; or if some are NaN, which off the CPU, where looking makes the host
+            wait, is found the first time only.
+    """
+    scores, tokens, its = selector.score(context), context.tokens.shape[1], f"The selector {called(name)!r} returned"
+    wanted = f"[{'1' if rows == 1 else f'1 or {rows}'}, {tokens}], one for each of context.tokens"
+    if not isinstance(scores, torch.Tensor):
+        raise ValueError(f"{its} {scores!r:.40}; it must return a tensor of scores {wanted}.")
+    if scores.ndim != 2 or len(scores) not in (1, rows) or scores.shape[1] != tokens:
+        raise ValueError(f"{its} scores of shape {list(scores.shape)}; it must return {wanted}.")
+    if not (torch.compiler.is_compiling() or ours(selector) or scores.is_meta):
+        if (scores.device.type == "cpu" or selector not in _SEEN) and scores.isnan().any():
+            raise ValueError(f"{its} NaN for some tokens of layer {context.layer} on step {context.step}; it must return numbers.")
+        _SEEN.add(selector)
     return scores
 
 
@@ -202,7 +220,6 @@ def stratified(context: SelectionContext) -> torch.Tensor:
 @register_selector("drift", needs={"last_tokens"})
 def drift(context: SelectionContext) -> torch.Tensor:
     """Tokens whose input turned the most since they were last computed (keeps the inputs: twice the memory)."""
-    assert context.last_tokens is not None
     rows = at_once(ROWS, context.tokens.device)
     pairs = zip(context.tokens.split(rows, dim=1), context.last_tokens.split(rows, dim=1), strict=True)
     return 1 - torch.cat([F.cosine_similarity(now.float(), last.float(), dim=-1) for now, last in pairs], dim=1)

@@ -11,7 +11,8 @@ from typing import Any, get_origin
 
 from dit_accel import how, when, which
 from dit_accel.config import OutputCacheConfig, TokenCacheConfig
-from dit_accel.eval.strict_yaml import SettingError, meant, shown
+from dit_accel.eval.strict_yaml import SettingError, shown
+from dit_accel.names import meant
 from dit_accel.pipelines.methods import SECTIONS, Config
 
 # Options whose value may be a list itself: to sweep one, give a list that holds a list.
@@ -87,8 +88,7 @@ def _cell(sections: dict[str, dict[str, Any] | None], steps: int | None, code: s
             except (TypeError, ValueError) as error:
                 named = [name for name in options if str(error).startswith(f"{name} ")]
                 named = named or [name for name, value in options.items() if repr(value) in str(error)]
-                hint = meant(options["selector"], which.selectors()) if named == ["selector"] else ""
-                raise SettingError(f"{error}{hint}", *place, section, *named[:1]) from None
+                raise SettingError(f"{error}", *place, section, *named[:1]) from None
             words.append(_label(section, options))
     if steps is not None:
         words.append(f"{steps} steps")

@@ -13,7 +13,8 @@ from typing import Any
 
 from dit_accel.eval.cells import FULL, NO_OP, Cell, cells_of
 from dit_accel.eval.prompt_sets import read_prompt_set
-from dit_accel.eval.strict_yaml import Document, SettingError, meant, read_yaml, shown
+from dit_accel.eval.strict_yaml import Document, SettingError, read_yaml, shown
+from dit_accel.names import meant
 from dit_accel.pipelines.loading import DTYPES, OFFLOAD
 from dit_accel.pipelines.prompt_sets import is_prompt
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,12 +94,6 @@ def _walk(loader: yaml.SafeLoader, node: yaml.Node, place: Place, document: Docu
             _walk(loader, part, (*place, key), document, name, around)
     elif node.tag != "tag:yaml.org,2002:str":
         document.written[place] = node.value
-
-
-def meant(word: Any, known: Iterable[str]) -> str:
-    """A question about the name that a misspelled one resembles, with a space before it; or nothing."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def shown(value: Any) -> str:

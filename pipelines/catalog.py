@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
+
+from dit_accel.names import meant
 
 SUPPORTED = ("FluxPipeline", "PixArtSigmaPipeline", "PixArtAlphaPipeline")
 
@@ -79,6 +80,4 @@ def find(name_or_path: str) -> Entry | None:
 
 def suggestion(name: str) -> str:
     """ " Did you mean emoji-flux?" for a name that is nearly one of the catalog; "" for any other."""
-    known = [known for entry in CATALOG.values() for known in (entry.name, entry.alias) if known]
-    close = difflib.get_close_matches(name.lower(), [one.lower() for one in known], n=1, cutoff=0.75)
-    return "".join(f" Did you mean {one}?" for one in known if one.lower() in close)
+    return meant(name, [known for entry in CATALOG.values() for known in (entry.name, entry.alias) if known], likeness=0.75)

@@ -8,7 +8,7 @@ from typing import Any
 from dit_accel.eval.rewards.clip_score import ClipScore
 from dit_accel.eval.rewards.image_reward import ImageReward, build_image_reward
 from dit_accel.eval.rewards.package import PackageImageReward
-from dit_accel.eval.strict_yaml import meant
+from dit_accel.names import meant
 from dit_accel.pipelines.catalog import samples_folder
 
 __all__ = ["ClipScore", "ImageReward", "PackageImageReward", "build_image_reward", "check_reward", "load_reward"]

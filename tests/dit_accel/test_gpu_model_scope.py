@@ -218,7 +218,7 @@ def test_what_is_large_comes_in_few_pieces_on_an_accelerator(monkeypatch: pytest
 
     def score(name: str) -> torch.Tensor:
         where = type("Where", (), dict(layer=0, stream="image", step=1))
-        context = which.SelectionContext(tokens, ages, noise, 1800, (42, 50), 0, where, last_tokens=last)
+        context = which.SelectionContext(tokens, ages, noise, 1800, (42, 50), 0, where, observed={"last_tokens": last})
         return which.get(name).score(context)
 
     work = {

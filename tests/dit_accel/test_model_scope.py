@@ -555,7 +555,7 @@ def test_two_threads_in_one_transformer_are_told():
         (dict(compute_ratio=1.5), "compute_ratio must be a number between 0 and 1"),
         (dict(attention="none"), "attention must be one of reuse, fresh"),
         (dict(full_steps=(0,), tolerance=0.1), "full_steps, tolerance and when each say when a step is full; give one"),
-        (dict(how="magic"), "no method 'magic'; there are reuse, polynomial"),
+        (dict(how="magic"), "no method 'magic'. Known methods: reuse, polynomial"),
         (dict(when="magic"), "no rule 'magic'"),
         (dict(selector="magic"), "magic"),
         (dict(how=["a"]), r"how must be a name, not \['a'\]"),
