@@ -6,8 +6,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_accel.apply import apply, attn_processors, remove
-    from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
+    from dit_accel.apply import applied, apply, attn_processors, remove
+    from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig, load_config
     from dit_accel.how import register_how
     from dit_accel.report import Report, report
     from dit_accel.when import Place, Progress, register_when
@@ -21,8 +21,10 @@ __all__ = [
     "SelectionContext",
     "TokenCacheConfig",
     "TokenMergeConfig",
+    "applied",
     "apply",
     "attn_processors",
+    "load_config",
     "register_how",
     "register_selector",
     "register_when",

@@ -1,14 +1,20 @@
 """Put a configuration on a pipeline or a transformer, and take it off again."""
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from dit_accel import doubts
 from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
 
 Model = TypeVar("Model")
 Config = TokenCacheConfig | TokenMergeConfig | OutputCacheConfig
+Configs = Config | str | Sequence[Config | str]
+LOG = logging.getLogger("dit_accel")
 
 
 def _refuse_copies(protocol: int) -> Any:
@@ -34,12 +40,13 @@ def applied_to(model: Any) -> Any:
     return vars(transformers_of(model)[0]).get("_dit_accel")
 
 
-def apply(model: Model, config: Config | Sequence[Config], *, record: bool = False) -> Model:
+def apply(model: Model, config: Configs, *, record: bool = False) -> Model:
     """Compute only some tokens from now on. Whatever was applied before is replaced; after an error, nothing stays applied by half.
 
     Args:
         model: a pipeline of diffusers or its transformer; FLUX or PixArt for token caching and merging.
-        config: what to compute; of caching and merging together, merging works on the full steps.
+        config: what to compute, or the name of a preset (see `TokenCacheConfig.preset`); of caching and merging together, merging
+            works on the full steps.
         record: whether `report` shall also tell which tokens were computed.
 
     Returns:
@@ -54,7 +61,17 @@ def apply(model: Model, config: Config | Sequence[Config], *, record: bool = Fal
     return model
 
 
-def attn_processors(transformer: Any, config: Config | Sequence[Config]) -> dict[str, Any]:
+@contextlib.contextmanager
+def applied(model: Model, config: Configs, *, record: bool = False) -> Iterator[Model]:
+    """`apply` for a `with` block, at the end of which, also after an error, everything is put back as it was: `remove`."""
+    apply(model, config, record=record)
+    try:
+        yield model
+    finally:
+        remove(model)
+
+
+def attn_processors(transformer: Any, config: Configs) -> dict[str, Any]:
     """Attention processors that reuse or merge attention alone and leave the rest of every block to be computed in full.
 
     `transformer.set_attn_processor(attn_processors(transformer, config))` puts them in; `remove` takes them out. `apply` saves
@@ -69,17 +86,21 @@ def attn_processors(transformer: Any, config: Config | Sequence[Config]) -> dict
 
 
 def _listed(config: Any) -> list[Any]:
-    return list(config) if isinstance(config, (list, tuple)) else [config]
+    parts = config if isinstance(config, (list, tuple)) else [config]
+    return [TokenCacheConfig.preset(part) if isinstance(part, str) else part for part in parts]
 
 
 def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> list[Any]:
     from dit_accel import hook  # which loads what diffusers takes a second for, as do the engines
+    from dit_accel.families.table import lookup
 
     given, found = _listed(config), transformers_of(model)
     kinds = [type(part) for part in given]
     for transformer in found:
         hook.refuse_other_caches(transformer)
     if kinds == [OutputCacheConfig] and not processors_only:
+        if record:
+            raise ValueError("record tells which tokens a TokenCacheConfig computes; leave it out with an OutputCacheConfig.")
         from dit_accel.model_scope import ModelScope
 
         engines: list[Any] = [ModelScope(given[0], transformer) for transformer in found]
@@ -94,9 +115,13 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> lis
             "The configuration must be a TokenCacheConfig, a TokenMergeConfig, or a list of one of each; or an OutputCacheConfig "
             f"alone; not {', '.join(kind.__name__ for kind in kinds) or 'empty'}."
         )
+    for part in given:
+        for sentence in doubts.of_options(part) + doubts.of_model(part, lookup(found[0])):
+            warnings.warn(sentence, doubts.DoubtWarning, stacklevel=3)
     remove(model)
     try:
         for engine in engines:
+            engine.configs = tuple(given)
             engine.transformer._dit_accel, engine.transformer.__reduce_ex__ = engine, _refuse_copies
             engine.attach()
             hook.attach(engine.transformer, engine, None if isinstance(model, torch.nn.Module) else model)
@@ -105,6 +130,7 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> lis
     except BaseException:
         remove(model)
         raise
+    LOG.info("Applied to %s: %s", ", ".join(type(part).__name__ for part in found), ", ".join(map(str, given)))
     return engines
 
 
@@ -122,3 +148,4 @@ def remove(model: Any) -> None:
             hook.unregister(transformer, hook.HOOK)
             engine.detach()
             del transformer._dit_accel, transformer.__reduce_ex__
+            LOG.info("Removed from %s", type(transformer).__name__)

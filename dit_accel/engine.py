@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dit_accel import store
+from dit_accel import doubts, store
 from dit_accel.clock import Call, Moment
 from dit_accel.plan import Record, StepPlan, Todo
 
@@ -39,6 +39,8 @@ class Engine:
         self.inputs: dict[int, dict[str, Any]] = {}  # of each branch, for counting FLOPs
         self.selections: list[tuple[int, str, int, torch.Tensor]] = []  # call, stream, layer, index [1 or B, k]
         self.run, self.warned = Run(), False
+        self.configs: tuple[Any, ...] = ()  # as they were given
+        self.told: set[str] = set()  # doubts
 
     def attach(self) -> None:
         """Prepare the transformer."""
@@ -61,6 +63,11 @@ class Engine:
         """A run begins with this call, whose arguments are given by name."""
         self.end()
         self.calls, self.inputs, self.selections, self.run = [], {}, [], Run()
+        said = [sentence for config in self.configs for sentence in doubts.of_run(config, moment.steps)]
+        for sentence in said:
+            if sentence not in self.told:
+                warnings.warn(sentence, doubts.DoubtWarning, stacklevel=2)
+        self.told.update(said)
 
     def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
         """How a call is answered."""

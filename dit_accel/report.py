@@ -107,24 +107,37 @@ class Report:
             for call, flops in zip(self.calls, self.flops, strict=True)
         ]
 
-    def __str__(self) -> str:
+    def _table(self) -> list[tuple[str, ...]]:
+        """Texts of the table that is printed, heading first; none before the first run."""
         if not self.calls:
-            return "No run yet: call the pipeline first."
-        lines = ["branch  step  mode        tokens computed     GFLOPs  cache MiB"]
+            return []
+        table: list[tuple[str, ...]] = [("branch", "step", "mode", "tokens computed", "GFLOPs", "cache MiB")]
         for call, flops in zip(self.calls, self.flops, strict=True):
             tokens = f"{call.tokens_computed} of {call.tokens}" if call.tokens else "none" if call.mode is Mode.PARTIAL else "all"
             tokens = f"{call.rows:.0%} of the batch" if call.mode is Mode.FULL and call.rows < 1 else tokens
             tokens += f", {call.merged} merged" if call.merged else ""
-            row = f"{call.branch:6}  {call.step:4}  {call.mode.value:8}  {tokens:>17}"
-            lines.append(f"{row}  {flops / 1e9:9.3f}  {call.cache_bytes / 2**20:9.1f}")
-        if self.tokens_merged:
-            height, width = self.grid
-            lines.append(f"Up to {self.tokens_merged} of {height * width} image tokens were merged into others in every layer.")
-        lines.append(
+            size, work = f"{call.cache_bytes / 2**20:.1f}", f"{flops / 1e9:.3f}"
+            table.append((str(call.branch), str(call.step), call.mode.value, tokens, work, size))
+        return table
+
+    def _summary(self) -> str:
+        if not self.calls:
+            return "No run yet: call the pipeline first."
+        height, width = self.grid
+        merged = f"Up to {self.tokens_merged} of {height * width} image tokens were merged into others in every layer.\n"
+        return (merged if self.tokens_merged else "") + (
             f"{self.full_steps} full and {self.partial_steps} partial calls; a partial call computed {self.tokens_share:.1%} of "
             f"its tokens; {self.flops_ratio:.2f} times fewer FLOPs; the cache held up to {self.cache_bytes / 2**20:.1f} MiB."
         )
-        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        row = "{:>6}  {:>4}  {:8}  {:>17}  {:>9}  {:>9}".format
+        return "\n".join([*(row(*cells) for cells in self._table()), self._summary()])
+
+    def _repr_html_(self) -> str:
+        """What is printed, as a table for notebooks."""
+        rows = "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in self._table())
+        return f"<table>{rows}</table><p>{self._summary()}</p>"
 
 
 def report(model: Any) -> Report:

@@ -139,8 +139,8 @@ def generate(
         raise typer.BadParameter("--compare needs a method other than none.")
     with plain_errors(debug):
         prompts = asked_for(prompts, prompts_file, config)
-        from dit_accel.pipelines.checks import FEW_STEPS, doubts, refuse_unused
-        from dit_accel.pipelines.generation import best_settings, check, is_flux, settings_for
+        from dit_accel.pipelines.checks import doubtful, refuse_unused
+        from dit_accel.pipelines.generation import check, settings_for
         from dit_accel.pipelines.job import Job
         from dit_accel.pipelines.loading import understand
         from dit_accel.pipelines.pictures import check_folder
@@ -158,10 +158,9 @@ def generate(
             settings = settings_for(pipe, pipeline, height=height, width=width, **asked)
         with usage(options.flags_of(*method.parts)):
             check(pipe, configs)
-        few = best_settings(pipe, pipeline)["steps"] <= FEW_STEPS
         tell = (lambda record: typer.echo(json.dumps(record))) if as_json else (lambda record: None)
         job = Job(pipe, pipeline, prompts, configs, settings, output, log, tell=tell)
-        job.warn(doubts(configs, given, settings.steps, few, is_flux(pipe), preset))
+        job.warn(doubtful(pipe, pipeline, configs, given, settings.steps))
         with usage(options.flags_of(*method.parts)):  # what shows with the picture's size alone, as too large a stride
             table = job.compare() if compare else job.generate()
         if not as_json:
@@ -207,8 +206,8 @@ def inspect(
         from dataclasses import replace
 
         prompts = asked_for(prompts, prompts_file)
-        from dit_accel.pipelines.checks import FEW_STEPS, doubts, refuse_unused
-        from dit_accel.pipelines.generation import best_settings, check, is_flux, settings_for
+        from dit_accel.pipelines.checks import doubtful, refuse_unused
+        from dit_accel.pipelines.generation import check, settings_for
         from dit_accel.pipelines.inspection import draw, usable
         from dit_accel.pipelines.job import Job
         from dit_accel.pipelines.loading import understand
@@ -232,9 +231,8 @@ def inspect(
         with usage(options.flags_of("token-cache")):
             for each in chosen:
                 check(pipe, each)
-        few = best_settings(pipe, pipeline)["steps"] <= FEW_STEPS
         job = Job(pipe, pipeline, prompts, config, settings, output, log)
-        job.warn(doubts([config], given, settings.steps, few, is_flux(pipe), preset))
+        job.warn(doubtful(pipe, pipeline, [config], given, settings.steps))
         for prompt in prompts:
             show(draw(pipe, pipeline, prompt, chosen, settings, output, log), as_json)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import dit_accel
+from dit_accel.doubts import DoubtWarning
 from dit_accel.pipelines.catalog import find
 from dit_accel.pipelines.methods import Config, first_partial_step
 from dit_accel.pipelines.prompts import t5_tokenizer
@@ -269,6 +271,8 @@ def warm_up(pipe: Any, prompts: list[str], config: Config | Sequence[Config], se
     arguments["num_inference_steps"] = min(first_partial_step(config) + 1, settings.steps)
     batch = next(batches(prompts, settings))
     pipe.set_progress_bar_config(disable=True)
-    for kind in (None, config):
-        switch(pipe, kind)
-        pipe([prompt for prompt, _ in batch], generator=torch.Generator("cpu").manual_seed(0), **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DoubtWarning)  # of how short it is
+        for kind in (None, config):
+            switch(pipe, kind)
+            pipe([prompt for prompt, _ in batch], generator=torch.Generator("cpu").manual_seed(0), **arguments)

@@ -119,8 +119,8 @@ def usage(flags: Mapping[str, str] | None = None) -> Iterator[None]:
 def spelled(message: str, flags: Mapping[str, str]) -> str:
     """A message with options as they are written on the command line.
 
-    Names with an underscore are replaced anywhere, others, which may be plain words, only where the message begins with them, as
-    in "full_steps, tolerance and when each say when a step is full".
+    Names with an underscore or a value are replaced anywhere, others, which may be plain words, only where the message begins with
+    them, as in "full_steps, tolerance and when each say when a step is full".
     """
     if not flags:
         return message
@@ -129,9 +129,13 @@ def spelled(message: str, flags: Mapping[str, str]) -> str:
     end = first.end() if first else 0
 
     def replaced(match: re.Match[str]) -> str:
-        return flags[match[0]] if match.start() < end or "_" in match[0] else match[0]
+        flag, value = flags[match[1]], match[2]
+        if value is None:
+            return flag if match.start() < end or "_" in match[1] else match[0]
+        switches = {"True": flag, "False": flag.replace("--", "--no-", 1)}
+        return switches.get(value, f"{flag} {value.strip(chr(39))}")
 
-    return re.sub(rf"(?<![\w-])(?:{either})\b", replaced, message)
+    return re.sub(rf"(?<![\w-])({either})\b(?:=('[^']*'|[\w+-]+(?:\.\w+)*))?", replaced, message)
 
 
 def quiet() -> None:
