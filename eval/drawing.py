@@ -146,6 +146,7 @@ def points(
                 bar, still = [ends[0][i], ends[1][i]], [steady[i]] * 2
                 bars.append(np.column_stack((bar, still) if flat else (still, bar)))
                 axes.plot(*bars[-1].T, color=colour, alpha=0.6, lw=1.3, gid=gid(row.key, "bar"))
+                mark_cuts(axes, bar, still[0], flat, color=colour, gid=gid(row.key, "cut"))
         dot = mark(shades[row.key], row)
         dot.set(xdata=[x[i]], ydata=[y[i]], gid=gid(row.key, "point"), zorder=3)
         axes.add_line(dot)
@@ -160,6 +161,14 @@ def points(
         note.set(fontsize=9, gid=gid(row.key, "label"), zorder=4, in_layout=False)
         if note.arrow_patch:
             note.arrow_patch.set_gid(gid(row.key, "leader"))
+
+
+def mark_cuts(axes: Axes, bar: list[float], still: float, flat: bool, **look: Any) -> None:
+    """Arrowheads at the limits of an axis where a bar goes on beyond them."""
+    low, high = axes.get_xlim() if flat else axes.get_ylim()
+    for cut, end, arrow in ((bar[0] < low, low, "<" if flat else "v"), (bar[1] > high, high, ">" if flat else "^")):
+        if cut:
+            axes.plot(*((end, still) if flat else (still, end)), arrow, ms=7, mew=0, clip_on=False, **look)
 
 
 def labels_apart(

@@ -2,7 +2,7 @@
 
 spec.json                 the evaluation, what its settings became here, versions, batches
 run.lock, running.json    held by the process that is at work, and its name
-sittings/                 hardware, threads and processes of every start
+sessions/                 hardware, threads and processes of every start
 timing/                   one table a pipeline and round
 baselines.json            fewer steps that match a method's seconds or FLOPs, by pipeline
 rows/                     one table a batch of pictures
@@ -40,7 +40,7 @@ Batches = list[list[tuple[int, int]]]  # (prompt number, seed number) of picture
 PACKAGES = ("dit-accel", "torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 # What pictures, seconds and verdicts depend on: no change once there are any.
 FIXED = ("steps", "guidance", "height", "width", "scores", "margin", "batch_size", "timing_batch_size", "offload")
-CONTENTS = ("spec.json", "run.lock", "running.json", "sittings", "timing", "baselines.json", "cut.json", "rows", "maps", "pictures")
+CONTENTS = ("spec.json", "run.lock", "running.json", "sessions", "timing", "baselines.json", "cut.json", "rows", "maps", "pictures")
 
 
 class RunFolder:
@@ -143,15 +143,15 @@ class RunFolder:
         """See `dit_accel.eval.machine.locked`."""
         return locked(self.path)
 
-    def sit_down(self, device: str, processes: int) -> int:
-        """Record that the run is started or goes on here and now; the number of the sitting."""
-        number = len(list((self.path / "sittings").glob("*.json")))
+    def record_session(self, device: str, processes: int) -> int:
+        """Record that the run is started or goes on here and now; the number of the session."""
+        number = len(list((self.path / "sessions").glob("*.json")))
         record = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device, "processes": processes, **hardware(device)}
-        write_json(self.path / "sittings" / f"{number:03}.json", record)
+        write_json(self.path / "sessions" / f"{number:03}.json", record)
         return number
 
-    def sittings(self) -> list[dict[str, Any]]:
-        found = (self.read(file, read_json) for file in sorted((self.path / "sittings").glob("*.json")))
+    def sessions(self) -> list[dict[str, Any]]:
+        found = (self.read(file, read_json) for file in sorted((self.path / "sessions").glob("*.json")))
         return [one for one in found if one is not None]
 
     def baselines(self) -> dict[str, dict[str, list[str]]]:

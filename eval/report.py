@@ -24,13 +24,14 @@ from dit_accel.eval.statistics import per_prompt
 from dit_accel.eval.summary import RESAMPLES, summarise
 from dit_accel.pipelines.pictures import psnr_text, write_atomically
 
-SIDE = 192  # pixels, of the embedded pictures
+SIDE = 512  # pixels, of the embedded pictures
 EXTREMES = 3  # worst and best pictures of a method
 NUMBERS = (
     "score score_low score_high difference low high p p_holm non_inferior psnr psnr_low psnr_high ssim identical seconds "
     "seconds_low seconds_high speedup speedup_low speedup_high end_to_end_speedup flops_ratio peak_memory cache_bytes comparable "
     "matched matched_seconds matched_n matched_difference matched_low matched_high matched_p_holm"
 ).split()
+PAIR = (("method", "picture"), ("uncached baseline", "picture_full"))
 PLACE = ["pipeline", "method", "kind", "error"]
 MADE = [*PLACE, "prompt", "seed", "picture", "steps", "flops", "full_flops", "squared_error", "psnr"]
 TIMED = [
@@ -174,7 +175,8 @@ def draw(run: Run, part: pd.DataFrame) -> list[tuple[drawing.Drawing, str, str]]
                 f"every region gets equally many tokens, 0 where one gets all.{named}",
             ),
         ]
-    return [(one, title, caption) for one, title, caption in found if one]
+    more = " Arrowheads: the interval goes on beyond the axis."
+    return [(one, title, caption + more * ('data-part="cut"' in one.svg)) for one, title, caption in found if one]
 
 
 def paired(rows: pd.DataFrame, score: str) -> pd.DataFrame:
@@ -244,7 +246,7 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
         for row in records
     }
     cut = run.folder.read(run.folder.path / "cut.json", read_json) or {}
-    sittings = run.folder.sittings()
+    sessions = run.folder.sessions()
     facts = page.protocol(spec, run.folder.begun["resolved"], table, run.rows, run.times, cut)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
@@ -255,7 +257,7 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
         spec=spec,
         counts={kind: int((table["kind"] == kind).sum()) for kind in ("method", "fewer steps")},
         findings=page.findings(table, spec["margin"]),
-        doubts=page.doubts(table, run.unfinished, [str(path) for path in run.folder.unreadable], machines(run, sittings)),
+        doubts=page.doubts(table, run.unfinished, [str(path) for path in run.folder.unreadable], machines(run, sessions)),
         columns=columns,
         rows=[(row, [(column, column.cell(row)) for column in columns]) for row in records],
         kinds=list(dict.fromkeys(table["kind"])),
@@ -264,23 +266,23 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
         failures=page.failures(run.rows, run.times),
         protocol=facts,
         baselines=run.folder.baselines(),
-        sittings=sittings,
+        sessions=sessions,
         versions=run.versions,
         yaml=yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=100),
     )
 
 
-def machines(run: Run, sittings: list[dict[str, Any]]) -> list[str]:
+def machines(run: Run, sessions: list[dict[str, Any]]) -> list[str]:
     """The hardware on which seconds were taken."""
-    taken = set(run.times["sitting"].dropna().astype(int)) if "sitting" in run.times else set()
-    return sorted({str(one.get("hardware")) for number, one in enumerate(sittings) if number in taken})
+    taken = set(run.times["session"].dropna().astype(int)) if "session" in run.times else set()
+    return sorted({str(one.get("hardware")) for number, one in enumerate(sessions) if number in taken})
 
 
 def pair_of(folder: RunFolder, pair: dict[str, Any], source: Callable[[Path], str]) -> dict[str, Any]:
     """A picture beside its twin, for the page."""
     likeness = "PSNR unknown" if pd.isna(pair["psnr"]) else psnr_text(pair["psnr"])
     return pair | {
-        "sources": [(label, source(folder.path / pair[file])) for label, file in (("method", "picture"), ("full", "picture_full"))],
+        "sources": [(label, source(folder.path / pair[file])) for label, file in PAIR],
         "difference": page.signed(pair["difference"], "+.3f"),
         "scores": " against ".join(page.signed(pair[name], ".3f") for name in ("score", "score_full")),
         "likeness": f"PSNR {likeness}" if likeness.endswith("dB") else likeness,

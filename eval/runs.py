@@ -72,11 +72,11 @@ class Evaluation:
             InUse: another process is at work in the folder.
         """
         with ExitStack() as stack:
-            sitting = self.begin(stack)
+            session = self.begin(stack)
             for name in self.spec.pipelines:
                 bench, self.first = self.first or bench_of(self.spec, name, self.device), None
                 if self.state.is_main_process:
-                    take_times(bench, self.folder, self.spec, self.shared, sitting, self.watcher)
+                    take_times(bench, self.folder, self.spec, self.shared, session, self.watcher)
                 self.state.wait_for_everyone()
                 self.make_pictures(bench)
                 self.state.wait_for_everyone()
@@ -86,8 +86,8 @@ class Evaluation:
             return self.finish() if self.state.is_main_process else pd.DataFrame()
 
     def begin(self, stack: ExitStack) -> int:
-        """Lock the folder and begin in it, the main process for all: they are one run. The number of the sitting."""
-        sitting, refused = 0, None
+        """Lock the folder and begin in it, the main process for all: they are one run. The number of the session."""
+        session, refused = 0, None
         if self.state.is_main_process:
             try:
                 stack.enter_context(self.folder.locked())
@@ -99,11 +99,11 @@ class Evaluation:
         if refused is not None:
             raise refused
         if self.state.is_main_process:
-            sitting = self.folder.sit_down(self.device, self.state.num_processes)
+            session = self.folder.record_session(self.device, self.state.num_processes)
             cut = {name: reward.cut(self.spec.prompts) for name, reward in self.rewards.items()}
             write_json(self.folder.path / "cut.json", cut)
             self.watcher.note(" on ".join(self.resolved.values()))
-        return sitting
+        return session
 
     def make_pictures(self, bench: Bench) -> None:
         """The missing batches of this process; first those in full, to which the others are compared."""

@@ -78,7 +78,7 @@ def with_baselines(folder: RunFolder, spec: Spec, pipeline: str) -> tuple[Cell, 
     return (*spec.cells, *(cell for cell in cells if cell.label not in own))
 
 
-def take_times(bench: Bench, folder: RunFolder, spec: Spec, shared: bool, sitting: int, watcher: Watcher) -> None:
+def take_times(bench: Bench, folder: RunFolder, spec: Spec, shared: bool, session: int, watcher: Watcher) -> None:
     """Find the baselines of methods that have none yet, then time all cells, `timing_rounds` times.
 
     A round is written when it is whole. One that was interrupted, or that lacks a method, is taken again with all of them: ratios
@@ -86,7 +86,7 @@ def take_times(bench: Bench, folder: RunFolder, spec: Spec, shared: bool, sittin
 
     Args:
         shared: whether other processes compute on this device at the same time; the rows then say that they cannot be compared.
-        sitting: see `RunFolder.sit_down`.
+        session: see `RunFolder.record_session`.
     """
     pipeline, warm = bench.name, find_baselines(bench, folder, spec, watcher)
     left = missing_rounds(folder, spec, pipeline)
@@ -100,7 +100,7 @@ def take_times(bench: Bench, folder: RunFolder, spec: Spec, shared: bool, sittin
     watcher.stage(f"{pipeline}: seconds", len(cells) * spec.timing_rounds, len(cells) * (spec.timing_rounds - len(left)))
     for number in left:
         rows = one_round(bench, cells, spec, number, watcher)
-        common = {"pipeline": pipeline, "comparable": not shared, "sitting": sitting}
+        common = {"pipeline": pipeline, "comparable": not shared, "session": session}
         write_table(folder.timing(pipeline, number), [common | row | {"cell": keys[row["method"]]} for row in rows])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -100,7 +103,7 @@ def make_run(
             for round_number in range(1, rounds + 1):
                 seconds = 2.0 / ratio**0.8 * rng.uniform(0.95, 1.1)
                 cost = {"denoising_seconds": seconds, "seconds": seconds + 0.2, "round": round_number, "comparable": True}
-                times.append({**common, **work, **cost, "sitting": 0})
+                times.append({**common, **work, **cost, "session": 0})
             if kind == "method" and method.startswith("cache") and maps:
                 share = np.round(rng.uniform(0, 0.4, (8, 8)) + np.linspace(0, 0.3, 8), 4)
                 record = {
@@ -117,8 +120,8 @@ def make_run(
     write_json(path / "cut.json", {score: 1 for score in scores})
     steps = {"10": [f"seconds of {methods[0]}"], "5": []}
     write_json(path / "baselines.json", {name: {"steps": steps, "methods": {}} for name in pipelines})
-    sitting = {"started": "2026-01-02 03:04:05", "device": "cpu", "processes": 1, "hardware": "Some CPU", "threads": 4, "cores": 8}
-    write_json(path / "sittings" / "000.json", sitting | {"python": "3.11.7", "platform": "Linux"})
+    session = {"started": "2026-01-02 03:04:05", "device": "cpu", "processes": 1, "hardware": "Some CPU", "threads": 4, "cores": 8}
+    write_json(path / "sessions" / "000.json", session | {"python": "3.11.7", "platform": "Linux"})
     write_table(path / "results.parquet", rows)
     write_table(path / "timing.parquet", times)
     return path
@@ -248,12 +251,12 @@ def test_what_cannot_be_read_is_named_and_what_is_there_is_shown(tmp_path: Path)
     for number, some in rows.groupby("method", sort=False):
         write_table(path / "rows" / f"{number}.parquet".replace(" ", "-"), some)
     write_table(path / "timing" / "1.parquet", times)
-    for broken in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sittings/000.json"):
+    for broken in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sessions/000.json"):
         (path / broken).write_bytes(b"")
     (path / "maps" / "extra.json").write_text("[1, 2")
     html = written(path)
     assert "32 of 40 pictures" in html
-    for broken in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sittings/000.json", "maps/extra.json"):
+    for broken in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sessions/000.json", "maps/extra.json"):
         assert str(path / broken) in html
     (path / "spec.json").write_text("")
     done = CliRunner().invoke(cli.app, ["report", str(path)])
@@ -505,6 +508,37 @@ def test_labels_keep_apart() -> None:
             )
 
 
+def test_intervals_that_an_axis_cuts_are_marked(run: Path) -> None:
+    """Bars that reach far beyond all points are cut by the axis: an arrowhead at its limit points to where they go on."""
+    number = dict(pipeline="p", kind="method", comparable=True, pareto=False, seconds_low=math.nan, seconds_high=math.nan)
+    part = pd.DataFrame(
+        [
+            {**number, "method": "full", "kind": "full", "seconds": 2.0, "score": 1.0, "difference": 0.0, "low": 0.0, "high": 0.0},
+            {**number, "method": "a", "seconds": 1.0, "score": 0.9, "difference": -0.1, "low": -9.0, "high": 0.0},
+            {**number, "method": "b", "seconds": 1.5, "score": 0.95, "difference": -0.05, "low": -0.06, "high": -0.04},
+            {**number, "method": "c", "seconds": 1.2, "score": 0.92, "difference": -0.08, "low": -0.09, "high": 7.0},
+        ]
+    ).assign(number=range(4), key=list("0abc"))
+    with drawing.style():
+        found = figures.quality_latency("q", part, 0.1, "score").svg
+        wide = figures.quality_latency("q", part.assign(low=part["difference"], high=part["difference"]), 0.1, "score").svg
+    assert re.findall(r'data-method="(\w)" data-part="cut"', found) == ["a", "c"] and 'data-part="cut"' not in wide
+    axes = Figure().add_subplot()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    for bar, flat in (([-1, 2], False), ([0.5, 3], True), ([0.2, 0.4], True)):
+        drawing.mark_cuts(axes, bar, 0.3, flat)
+    assert [(*line.get_xydata()[0], line.get_marker()) for line in axes.lines] == [(0.3, 0, "v"), (0.3, 1, "^"), (1, 0.3, ">")]
+
+
+def test_cuts_are_explained_where_there_are_any(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", METHODS[:2], maps=False, pictures=False, rounds=1)
+    assert ("Arrowheads" in (html := written(path))) == ('data-part="cut"' in html)
+    odd = lambda t: (t["method"] == METHODS[0]) & (t["prompt"] == "crab, 3d style")
+    change(path, "results", odd, **{"emoji-reward": -30.0})
+    html = written(path)
+    assert 'data-part="cut"' in html and html.count("Arrowheads: the interval goes on beyond the axis.") == 1
+
+
 def test_many_prompts_are_an_outline() -> None:
     part = pd.DataFrame({"pipeline": "p", "method": ["a"], "kind": "method", "number": 0, "key": "0-0", "difference": 0.0})
     table = pd.DataFrame({"a": np.linspace(-1, 1, figures.DOTS + 1)}).rename_axis("prompt")
@@ -617,6 +651,66 @@ def test_sorting(opened: Any) -> None:
     names = column("method")
     assert names[0] == "10 steps" and names[-1] == "no-op cache"
     assert opened.get_attribute("#results th[aria-sort]", "aria-sort") == "ascending"
+
+
+def test_pictures_enlarge_and_a_slider_compares_them_with_the_baseline(opened: Any, run: Path) -> None:
+    """Pixel by pixel of what is on the screen: to the left of the boundary the baseline, to its right the method."""
+    pair = opened.locator(".pair").first
+    rows = pd.read_csv(run / "report" / "pictures.csv")
+    first = rows[(rows["method"] == METHODS[0]) & (rows["place"] == "worst")].iloc[0]
+    Image.new("RGB", (16, 16), "red").save(buffer := io.BytesIO(), "PNG")
+    red = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    baseline = Image.open(run / first["picture_full"]).convert("RGB").getpixel((8, 8))
+    pair.locator("img").first.evaluate("(image, red) => image.src = red", red)
+    small = pair.locator("img").first.bounding_box()
+    pair.locator("button").first.click()
+    stack = opened.locator("#viewer .stack")
+    large = stack.bounding_box()
+    assert large["width"] > 2 * small["width"] and f"{first['prompt']}, seed {first['seed']}" in opened.inner_text("#viewed")
+
+    def seen(share: float) -> tuple[int, ...]:
+        with Image.open(io.BytesIO(stack.screenshot())) as shown:
+            return shown.convert("RGB").getpixel((round(share * shown.width), shown.height // 2))
+
+    for place in (50, 20, 90):
+        if place != 50:
+            opened.evaluate(
+                "v => { const s = document.getElementById('slider'); s.value = v; s.dispatchEvent(new Event('input')); }", place
+            )
+        left, right = seen(place / 100 - 0.08), seen(place / 100 + 0.08)
+        assert right == (255, 0, 0) and max(abs(a - b) for a, b in zip(left, baseline, strict=True)) < 12
+    opened.focus("#slider")
+    opened.keyboard.press("Home")
+    assert seen(0.04) == (255, 0, 0), "from the keyboard, too"
+    opened.keyboard.press("Escape")
+    assert not opened.is_visible("#viewer")
+    pair.locator("button").last.click()
+    opened.click("#viewer button")
+    assert not opened.is_visible("#viewer")
+
+
+def test_a_picture_whose_baseline_is_gone_enlarges_alone(browser: Any, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", METHODS[:1], PROMPTS[:2], rounds=1)
+    shutil.rmtree(path / "pictures" / "00" / "00")  # of full
+    written(path, 50)
+    for tab in visited(browser, path, 1280):
+        tab.locator(".pair button").first.click()
+        assert tab.locator("#viewer .stack img").count() == 1 and tab.is_visible("#viewer .stack img")
+        assert not tab.is_visible("#slider")
+
+
+def test_tables_say_that_they_scroll(browser: Any, run: Path) -> None:
+    """At a width that the table does not fit, until its end is reached; not where all of it is seen."""
+    hint, box = ".hint:has(+ [aria-label=Results])", "[aria-label=Results]"
+    for tab in visited(browser, run, 700):
+        assert tab.is_visible(hint) and "Scroll sideways" in tab.inner_text(hint)
+        assert "more" in tab.get_attribute(box, "class")
+        tab.evaluate("box => document.querySelector(box).scrollLeft = 1e6", box)
+        tab.wait_for_function("box => !document.querySelector(box).classList.contains('more')", arg=box)
+    for tab in visited(browser, run, 4000):
+        tab.add_style_tag(content="body { max-width: none !important; }")
+        tab.wait_for_function("hint => document.querySelector(hint).hidden", arg=hint)
+        assert "more" not in tab.get_attribute(box, "class")
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -278,7 +278,7 @@ def test_files_that_cannot_be_read_are_made_anew(finished, tmp_path):
     row = next(path for path in sorted((run / "rows").iterdir()) if "k-norm" in pd.read_parquet(path)["method"].iloc[0])
     full = next((run / "pictures").rglob("full-*/0000-00.png"))
     broken = [row, next((run / "timing").iterdir()), full, next((run / "maps").iterdir()), run / "baselines.json"]
-    broken += [run / "sittings/000.json", run / "cut.json", run / "results.parquet"]
+    broken += [run / "sessions/000.json", run / "cut.json", run / "results.parquet"]
     for i, path in enumerate(broken):
         path.write_bytes(path.read_bytes()[: 20 * (i % 2)])
     result = evaluate(output.parent / "spec.yaml", run)
@@ -414,7 +414,7 @@ def test_killed_at_any_moment_it_goes_on(finished, spec_file, tmp_path):
             json.loads(path.read_text())
     evaluate(spec, run)
     same_rows(rows_of(output), rows_of(run))
-    assert len(list((run / "sittings").iterdir())) == 4
+    assert len(list((run / "sessions").iterdir())) == 4
 
 
 @pytest.mark.slow
@@ -427,7 +427,7 @@ def test_two_processes_give_the_rows_of_one(finished, spec_file, tmp_path):
     done = subprocess.run([*launch, *arguments], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr
     same_rows(rows_of(output), rows_of(tmp_path / "run"))
-    assert json.loads((tmp_path / "run/sittings/000.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "run/sessions/000.json").read_text())["processes"] == 2
     assert not pd.read_parquet(tmp_path / "run/timing.parquet")["comparable"].any()
 
 
