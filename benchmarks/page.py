@@ -26,7 +26,7 @@ from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell, chosen
 from width import flux_dev, summary
 
 from dit_accel.eval.drawing import COLOURS, MARKERS, style
-from dit_accel.eval.statistics import compare, mean_interval, per_prompt
+from dit_accel.eval.statistics import MANY, compare, mean_interval, per_prompt
 from dit_accel.eval.summary import summarise
 from dit_accel.pipelines.pictures import write_atomically
 
@@ -65,7 +65,9 @@ class Quality:
         self.values = {"score": per_prompt(self.rows, SCORE), "psnr": -per_prompt(self.rows, "squared_error")}
         self.bests = {value: self.best(value) for value in self.values}
         seeds = self.rows["seed"].nunique()
-        self.pictures = f"{self.rows['prompt'].nunique()} prompts, {seeds} seed{'s' if seeds > 1 else ''} each, by every method."
+        prompts = self.rows["prompt"].nunique()
+        self.pictures = f"{prompts} prompts, {seeds} seed{'s' if seeds > 1 else ''} each, by every method."
+        self.interval = "BCa" if prompts >= MANY else "the wider of Student's t and the bootstrap-t"  # see mean_interval
 
     @staticmethod
     def files(records: Path, name: str) -> dict[str, Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,15 @@ from width import extrapolated, flux_dev, summary  # noqa: E402
 def test_the_page_is_what_the_records_give():
     """No number of it was typed by hand, and none is of an earlier record."""
     assert render(ROOT / "docs" / "data" / "benchmarks")[0] == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_page_names_the_interval_that_is_used(tmp_path):
+    """Of fewer than a hundred prompts it is another one."""
+    shutil.copytree(ROOT / "docs" / "data" / "benchmarks", tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("quality-*.parquet"):
+        rows = pd.read_parquet(file)
+        rows[rows["prompt"].isin(rows["prompt"].unique()[:20])].to_parquet(file)
+    assert "seeds averaged: the wider of Student's t and the bootstrap-t), bold" in render(tmp_path)[0]
 
 
 def test_the_slowest_setting_that_reaches_a_speed_is_chosen():
