@@ -9,22 +9,52 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from diffusers import FluxPipeline
 
 from dit_accel import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
+from dit_accel.pipelines.catalog import CATALOG
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.stem)
-def test_examples_run(page, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_examples_run(page, monkeypatch, capsys, tmp_path):
+    """In a folder that has what the repository has, and gets what they write."""
+    for path in ROOT.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)):
         exec(compile(code, f"{page.name}, example {number + 1}", "exec"), names)
     said = capsys.readouterr().out
     assert said and ("partial" in said) == ("dit_accel.report(" in page.read_text())
+
+
+def test_the_example_of_flux_dev_runs(tiny_flux, monkeypatch, capsys, tmp_path):
+    """Around a tiny model, for which its native size and number of steps are taken down; both ways to place it."""
+    (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    best = CATALOG["black-forest-labs/FLUX.1-dev"]
+    run, loaded, placed = FluxPipeline.__call__, [], []
+    monkeypatch.setattr(
+        FluxPipeline, "from_pretrained", lambda *name, **how: loaded.append((name, how)) or tiny_flux(guidance_embeds=True)
+    )
+    monkeypatch.setattr(FluxPipeline, "to", lambda self, device: placed.append(device))
+    monkeypatch.setattr(FluxPipeline, "enable_model_cpu_offload", lambda self: placed.append("offloaded"))
+
+    def smaller(self, prompt, **given):
+        assert (given["height"], given["width"], given["num_inference_steps"]) == (best.size, best.size, best.steps)
+        assert (given["guidance_scale"], given["max_sequence_length"]) == (best.guidance, best.max_sequence_length)
+        return run(self, prompt, **given | dict(height=64, width=64, max_sequence_length=8))
+
+    monkeypatch.setattr(FluxPipeline, "__call__", smaller)
+    monkeypatch.chdir(tmp_path)
+    for way in (code, re.sub(r"pipe\.to\(.*instead: ", "", code)):
+        exec(compile(way, "README.md", "exec"), {})
+    assert loaded == [((best.name,), dict(dtype=torch.bfloat16))] * 2 and placed == ["cuda", "offloaded"]
+    assert (tmp_path / "tiger.png").is_file() and "14 full and 36 partial calls" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "samples").glob("*.md")], ids=lambda page: page.stem)
