@@ -18,11 +18,11 @@ Given = dict[str, Any]
 
 
 class Attention(TorchFunctionMode):
-    """Changes the arguments of the first attention inside; RuntimeError at the end if there was none."""
+    """Looks at the arguments of the first attention inside, and may change them; RuntimeError at the end if there was none."""
 
-    def __init__(self, name: str, change: Callable[[Given], None]) -> None:
+    def __init__(self, name: str, look: Callable[[Given], None], otherwise: str = "set attention='reuse'") -> None:
         super().__init__()
-        self.name, self.change, self.done = name, change, False
+        self.name, self.look, self.otherwise, self.done = name, look, otherwise, False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Given | None = None) -> Any:
         if self.done or func is not F.scaled_dot_product_attention:
@@ -30,7 +30,7 @@ class Attention(TorchFunctionMode):
                 func = torch.unflatten
             return func(*args, **(kwargs or {}))
         self.done, given = True, {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
-        self.change(given)
+        self.look(given)
         return func(**given)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -38,7 +38,7 @@ class Attention(TorchFunctionMode):
         if error is None and not self.done:
             raise RuntimeError(
                 f"{self.name} does not compute attention by PyTorch's scaled_dot_product_attention: call "
-                "transformer.set_attention_backend('native'), or set attention='reuse'."
+                f"transformer.set_attention_backend('native'), or {self.otherwise}."
             )
 
 

@@ -1,5 +1,7 @@
 """Attention received and the entropy of attention to the text per token, in memory that grows with the tokens alone."""
 
+from collections.abc import Iterator
+
 import torch
 
 from dit_accel.chunks import at_once
@@ -23,7 +25,7 @@ def sample(tokens: int, stride: int, device: torch.device) -> torch.Tensor:
 
 
 def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Column means of softmax(Q K^T / sqrt(D)) over queries and heads, without the map.
+    """Column means of softmax(Q K^T / sqrt(D)) over queries and heads, without the map, of which rows exist in the type of Q and K.
 
     Args:
         query: [B, M, H, D], all queries or a sample of them.
@@ -32,11 +34,9 @@ def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     Returns:
         [B, N] in float32; a row sums to 1.
     """
-    query, key = query.transpose(1, 2).float(), key.permute(0, 2, 3, 1).float()  # [B, H, M, D], [B, H, D, N]
-    scale = query.shape[-1] ** -0.5
-    received = torch.zeros(key.shape[0], key.shape[-1], device=key.device)
-    for part in query.split(at_once(CHUNK, query.device), dim=2):
-        received = received + (part * scale @ key).softmax(dim=-1).sum(dim=(1, 2))
+    received = torch.zeros(key.shape[:2], device=key.device)
+    for rows in _rows_of_the_map(query, key, None):
+        received = received + rows.sum(dim=(1, 2), dtype=torch.float32)
     return received / (query.shape[1] * query.shape[2])
 
 
@@ -45,20 +45,24 @@ def attention_entropy(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
 
     Args:
         query: [B, N, H, D]; key: [B, T, H, D].
-        mask: None or [B, 1, T], added to the scores of all heads and queries.
+        mask: None or [B, 1 or H, 1, T], added to the scores of all queries.
         halves: whether the batch has both halves of guidance, whose maps are then averaged too.
 
     Returns:
         [B, N] in float32.
     """
-    query, key = query.transpose(1, 2).float(), key.permute(0, 2, 3, 1).float()
-    scale, rows = query.shape[-1] ** -0.5, []
-    for part in query.split(at_once(CHUNK, query.device), dim=2):
-        scores = part * scale @ key
-        if mask is not None:
-            scores = scores + mask[:, None].float()
-        seen = scores.softmax(dim=-1).mean(dim=1)  # [B, n, T]
+    found = []
+    for rows in _rows_of_the_map(query, key, mask):
+        seen = rows.mean(dim=1, dtype=torch.float32)  # [B, n, T]
         if halves:
             seen = seen.unflatten(0, (2, -1)).mean(dim=0).repeat(2, 1, 1)
-        rows.append(1 - (seen * (seen + 1e-7).log()).sum(dim=-1))
-    return torch.cat(rows, dim=1)
+        found.append(1 - (seen * (seen + 1e-7).log()).sum(dim=-1))
+    return torch.cat(found, dim=1)
+
+
+def _rows_of_the_map(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """[B, H, n, N] each, as many queries as may exist at once."""
+    query, key = query.transpose(1, 2) * query.shape[-1] ** -0.5, key.permute(0, 2, 3, 1)  # [B, H, M, D], [B, H, D, N]
+    for part in query.split(at_once(CHUNK, query.device), dim=2):
+        scores = part @ key
+        yield (scores if mask is None else scores + mask).softmax(dim=-1)

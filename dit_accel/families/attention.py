@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from dit_accel import store
+from dit_accel import fresh, store
 from dit_accel.importance import attention_entropy, attention_received, query_stride, sample
 from dit_accel.merge_site import MergeSite
 from dit_accel.sites import Cached, Site
@@ -58,66 +59,63 @@ class TokenAttnProcessor:
         added = zip(ADDED, (ip_hidden_states, ip_adapter_masks, image_rotary_emb), strict=True)
         extra = {name: value for name, value in added if value is not None and name in self.accepted}
         if self.site is None:
-            return self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, extra)
+            return self._attend(self.inner, attn, hidden_states, encoder_hidden_states, attention_mask, extra)
         crossing = isinstance(self.site, Site) and self.site.mode is not Mode.PLAIN
         full, seen = self.site.mode is Mode.FULL, self.scored[0].memory.observed if self.scored else {}
         needs = self.scored[0].selector.needs - {"last_tokens"} if self.scored and full else frozenset()
         needs = needs & {"entropy"} if crossing else needs - {"entropy"}
         renew = crossing and not full and "entropy" in seen
         source = Listening(attn, self.site.memory.text if crossing else None) if needs or crossing else attn
+        mapped = "entropy" if crossing else "attention"
+        maps: list[torch.Tensor] = []
+        inner = functools.partial(self._looking, maps, crossing) if renew or mapped in needs else self.inner
         output = self.site(
-            hidden_states, lambda tokens, take: self._attend(source, tokens, encoder_hidden_states, attention_mask, extra)
+            hidden_states,
+            lambda tokens, take: self._attend(inner, source, tokens, encoder_hidden_states, attention_mask, extra, maps),
         )
         if crossing and full:  # the text is the same on every step
             self.site.memory.text = {name: heard for name, heard in source.heard.items() if name != "to_q"}
         if needs:
             text = 0 if encoder_hidden_states is None or not self.joint else encoder_hidden_states.shape[1]
-            found = self._observe(source, text, image_rotary_emb, attention_mask, needs)
+            found = key_and_value_observations(functools.partial(source.projection, text=text > 0), needs)
+            if maps:
+                found[mapped] = maps[0]
             for site in self.scored:
                 part = slice(0, text) if site.stream == "text" else slice(text, None)
                 site.memory.observed = {**site.memory.observed, **{name: value[:, part] for name, value in found.items()}}
-        elif (
-            renew and "to_q" in source.heard and (rows := self.scored[0].selected) is not None
-        ):  # of the tokens just computed; all sites of the block share what is observed
-            found = self._observe(source, 0, None, attention_mask, frozenset({"entropy"}))
-            store.put(seen["entropy"][..., None], rows, found["entropy"][..., None])
+        elif renew and maps and (rows := self.scored[0].selected) is not None:
+            # Of the tokens just computed; all sites of the block share what is observed.
+            store.put(seen["entropy"][..., None], rows, maps[0][..., None])
         return output
 
-    def _observe(
-        self, attn: Listening, text: int, rotary: Rotary | None, mask: torch.Tensor | None, needs: frozenset[str]
-    ) -> dict[str, torch.Tensor]:
-        """What the selector needs, of a sequence that starts with `text` tokens which have projections of their own."""
+    def _looking(self, maps: list[torch.Tensor], crossing: bool, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """`inner`, whose attention map is looked at on the way: what each token receives, or its entropy where it is crossing."""
 
-        def heads(which: int, norm: bool = False, stride: int = 1) -> torch.Tensor:
-            parts = []
-            for words in (True, False) if text else (False,):
-                part = attn.projection(which, words)
-                if stride > 1:
-                    part = part[:, sample(part.shape[1], stride, part.device)]
-                layer = getattr(attn, ("norm_added_" if words else "norm_") + "qk"[which]) if norm else None
-                parts.append(part if layer is None else layer(part))
-            return torch.cat(parts, dim=1) if text else parts[0]
+        def look(given: fresh.Given) -> None:
+            query, key = given["query"].transpose(1, 2), given["key"].transpose(1, 2)
+            if crossing:
+                maps.append(attention_entropy(query, key, given.get("attn_mask"), self.scored[0].now.halves))
+            else:
+                asked = sample(query.shape[1], query_stride(query.shape[1], self.scored[0].config.query_share), query.device)
+                maps.append(attention_received(query[:, asked], key))
 
-        seen = key_and_value_observations(heads, needs)
-        if "attention" in needs:
-            key = heads(1, norm=True)
-            stride = query_stride(key.shape[1], self.scored[0].config.query_share)
-            query = heads(0, norm=True, stride=stride)
-            if rotary is not None:
-                places = sample(key.shape[1] - text, stride, key.device) + text
-                places = torch.cat([sample(text, stride, key.device), places]) if text else places
-                query = apply_rotary_emb(query, (rotary[0][places], rotary[1][places]), sequence_dim=1)
-                key = apply_rotary_emb(key, rotary, sequence_dim=1)
-            seen["attention"] = attention_received(query, key)
-        if "entropy" in needs:
-            seen["entropy"] = attention_entropy(heads(0, norm=True), heads(1, norm=True), mask, self.scored[0].now.halves)
-        return seen
+        with fresh.Attention(type(self.inner).__name__, look, "choose a selector that looks at no attention, such as random"):
+            return self.inner(attn, *args, **kwargs)
 
-    def _attend(self, attn: Any, tokens: torch.Tensor, other: torch.Tensor | None, mask: Any, extra: dict[str, Any]) -> Any:
-        """Attention of these tokens, merged if it is this step's turn."""
+    def _attend(
+        self,
+        inner: Callable[..., Any],
+        attn: Any,
+        tokens: torch.Tensor,
+        other: torch.Tensor | None,
+        mask: Any,
+        extra: dict[str, Any],
+        maps: list[torch.Tensor] | None = None,
+    ) -> Any:
+        """Attention of these tokens, merged if it is this step's turn; so is what `maps` was given on the way."""
         site, crossing = self.merging, other is not None and not self.joint
         if site is None or not site.count or not (site.config.merge_cross_attention if crossing else site.config.merge_attention):
-            return self.inner(attn, tokens, other, mask, **extra)
+            return inner(attn, tokens, other, mask, **extra)
         double = other is not None and self.joint
         text = other.shape[1] if other is not None and double else 0
         start = site.text if self.joint and not double else 0  # of the image in the tokens
@@ -133,14 +131,16 @@ class TokenAttnProcessor:
             if "ip_hidden_states" in extra:
                 raise RuntimeError("keep_queries cannot be combined with an IP-Adapter on FLUX; leave keep_queries off.")
             norms = rotating_norms(attn, rotary, rows, text) if rotary is not None and rows is not None else {}
-            output = self.inner(MergedKeys(attn, merged, norms), tokens, other if self.joint else merged, mask)
+            output = inner(MergedKeys(attn, merged, norms), tokens, other if self.joint else merged, mask)
         elif rotary is None or rows is None:
-            output = self.inner(attn, merged, other, mask, **extra)
+            output = inner(attn, merged, other, mask, **extra)
         else:
-            output = self._at_places(attn, merged, other, mask, rotary, rows, extra)
+            output = self._at_places(inner, attn, merged, other, mask, rotary, rows, extra)
         if isinstance(attn, Listening):
             names = KEYS if keep else ("to_q",) if crossing else ("to_q", *KEYS, "to_qkv")
             attn.heard |= {name: site.unmerge(attn.heard[name], start) for name in names if name in attn.heard}
+        if maps:
+            maps[:] = [site.unmerge(torch.cat(maps)[..., None], text + start)[..., 0]]
         if keep:
             return output
         if double:
@@ -148,7 +148,15 @@ class TokenAttnProcessor:
         return site.unmerge(output, start)
 
     def _at_places(
-        self, attn: Any, merged: torch.Tensor, text: Any, mask: Any, rotary: Rotary, rows: torch.Tensor, extra: dict[str, Any]
+        self,
+        inner: Callable[..., Any],
+        attn: Any,
+        merged: torch.Tensor,
+        text: Any,
+        mask: Any,
+        rotary: Rotary,
+        rows: torch.Tensor,
+        extra: dict[str, Any],
     ) -> Any:
         """Each merged token at its destination's position. Processors take one table of them: pictures of a batch go one by one."""
         outputs, sources = [], []
@@ -158,7 +166,7 @@ class TokenAttnProcessor:
             adapters = [states[mine] for states in extra.get("ip_hidden_states", ())]
             given = merged[mine], None if text is None else text[mine], None if mask is None else mask[mine]
             more = {**extra, "image_rotary_emb": (rotary[0][own], rotary[1][own])}
-            outputs.append(self.inner(sources[-1], *given, **more | ({"ip_hidden_states": adapters} if adapters else {})))
+            outputs.append(inner(sources[-1], *given, **more | ({"ip_hidden_states": adapters} if adapters else {})))
         if isinstance(attn, Listening):
             attn.heard = {name: torch.cat([source.heard[name] for source in sources]) for name in sources[0].heard}
         return torch.cat(outputs) if text is None else tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -228,19 +236,21 @@ class Listening:
         return project
 
     def projection(self, which: int, text: bool = False) -> torch.Tensor:
-        """Query (0), key (1) or value (2) of the image or the text, [B, N, H, D], before norms; RuntimeError if never made."""
-        if (name := self.SEPARATE[text][which]) in self.heard:
-            projected = self.heard[name]
-        elif (name := self.FUSED[text]) in self.heard:
-            projected = self.heard[name].chunk(3, dim=-1)[which]
-        elif "to_kv" in self.heard and which > 0:
-            projected = self.heard["to_kv"].chunk(2, dim=-1)[which - 1]
-        else:
-            raise RuntimeError(
-                f"{type(unwrapped(self.attn.processor)).__name__} does not use diffusers' projections, so there is nothing to "
-                "observe for this selector; choose another one, such as random."
-            )
-        heads: torch.Tensor = projected.unflatten(-1, (self.attn.heads, -1))
+        """Query (0), key (1) or value (2), [B, N, H, D], before norms, with those of text in front; RuntimeError if never made."""
+        found = []
+        for words in (True, False) if text else (False,):
+            if (name := self.SEPARATE[words][which]) in self.heard:
+                found.append(self.heard[name])
+            elif (name := self.FUSED[words]) in self.heard:
+                found.append(self.heard[name].chunk(3, dim=-1)[which])
+            elif "to_kv" in self.heard and which > 0:
+                found.append(self.heard["to_kv"].chunk(2, dim=-1)[which - 1])
+            else:
+                raise RuntimeError(
+                    f"{type(unwrapped(self.attn.processor)).__name__} does not use diffusers' projections, so there is nothing to "
+                    "observe for this selector; choose another one, such as random."
+                )
+        heads: torch.Tensor = (torch.cat(found, dim=1) if text else found[0]).unflatten(-1, (self.attn.heads, -1))
         return heads
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import dit_accel
 from dit_accel import TokenCacheConfig, TokenMergeConfig
@@ -155,12 +156,37 @@ def test_caching_and_merging_together_equal_the_reference(tiny_flux, tiny_pixart
     pixart_runs_agree(tiny_pixart, cache, 4, True, merge)
 
 
-@pytest.mark.parametrize("merge", [MERGES[1], MERGES[5]], ids=name)
+class Maps(TorchFunctionMode):
+    """Attention maps as they are computed, averaged over heads and queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.received = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, key = (part.transpose(1, 2) for part in args[:2] or (kwargs["query"], kwargs["key"]))
+            self.received.append(reference.softmax_map(query, key).mean(dim=(1, 2)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("merge", [MERGES[0], MERGES[5]], ids=name)
 @torch.no_grad()
-def test_attention_received_is_observed_of_merged_tokens(tiny_flux, merge):
-    """On FLUX, whose copies of a merged token differ in position; elsewhere they tie, and either may be computed first."""
-    cache = TokenCacheConfig(interval=3, cache_ratio=0.7, selector="attention", age_weight=0.0)
-    flux_runs_agree(tiny_flux, cache, 2, merge=TokenMergeConfig(**merge))
+def test_tokens_receive_the_attention_of_the_one_they_are_merged_into(tiny_flux, merge):
+    model, g = tiny_flux().transformer, torch.Generator().manual_seed(5)
+    cache = TokenCacheConfig(interval=3, cache_ratio=0.7, selector="attention")
+    dit_accel.apply(model, [cache, TokenMergeConfig(**merge)])
+    engine, grid = model._dit_accel, (6, 4)
+    ids = torch.cartesian_prod(torch.zeros(1), *(torch.arange(float(n)) for n in grid))
+    x, text, pooled = (torch.randn(2, *s, generator=g) for s in ((24, 32), (8, 32), (32,)))
+    with Maps() as maps:
+        model(x, text, pooled, torch.ones(2), ids, torch.zeros(8, 3))
+    blocks = [[site for site in engine.sites if site.layer == i and site.stream in s] for s in ("image", "joint") for i in (0, 1)]
+    for layer, (received, (site,)) in enumerate(zip(torch.cat(maps.received).split(2), blocks, strict=True)):
+        merging = engine.merge_sites[layer]
+        assert received.shape[1] == 32 - merging.count < 32
+        expected = torch.cat([received[:, :8], received[:, 8:].gather(1, merging.shared.matching.group)], dim=1)
+        assert_close(site.memory.observed["attention"], expected[:, 8:] if site.stream == "image" else expected)
 
 
 @torch.no_grad()

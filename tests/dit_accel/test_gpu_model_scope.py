@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dit_accel
-from dit_accel import OutputCacheConfig, chunks, clock, importance, which
+from dit_accel import OutputCacheConfig, TokenCacheConfig, chunks, clock, importance, which
 from dit_accel.apply import applied_to
 from dit_accel.families.table import lookup
 from dit_accel.packed import Packed
@@ -177,18 +177,18 @@ def flux(double: int, single: int) -> Any:
     )
 
 
-def kernels(model: Any, inputs: Any, config: OutputCacheConfig) -> int:
-    """Of a partial step on which two full steps lie behind."""
+def kernels(model: Any, inputs: Any, config: OutputCacheConfig | TokenCacheConfig, partial: bool = True) -> int:
+    """Of a partial step on which two full steps lie behind, or of the first full step."""
     tiny.finished(model)
     scheduler, text = D.FlowMatchEulerDiscreteScheduler(), inputs(0.5)["encoder_hidden_states"]
     scheduler.set_timesteps(STEPS)
     dit_accel.apply(Pipeline(model, scheduler), config)
-    for time in scheduler.timesteps[:5]:
+    for time in scheduler.timesteps[: 5 if partial else 1]:
         given = {**inputs(float(time) / 1000), "encoder_hidden_states": text}
         with Recorder(made := Dispatched()), torch.no_grad():
             model(**given, return_dict=False)
         scheduler.step(torch.zeros(1), time, torch.zeros(1))
-    assert dit_accel.report(model).calls[-1].saves
+    assert dit_accel.report(model).calls[-1].saves is partial
     return len(made.kernels)
 
 
@@ -208,6 +208,18 @@ def test_a_forecast_takes_three_kernels() -> None:
     """Of the two outputs that it is made of; narrower types than float32 have casts as well."""
     model, inputs = tiny.TRANSFORMERS["flux"]()
     assert kernels(model, inputs, OutputCacheConfig(interval=3)) <= 3
+
+
+def test_kernels_of_a_full_step_whose_attention_is_looked_at() -> None:
+    """By block, beside those of a full step without: sample the queries, and sum up the columns of the map."""
+
+    inputs = tiny.TRANSFORMERS["flux"]()[1]
+
+    def by_block(selector: str) -> int:
+        config = TokenCacheConfig(interval=5, selector=selector)
+        return kernels(flux(1, 2), inputs, config, partial=False) - kernels(flux(1, 1), inputs, config, partial=False)
+
+    assert by_block("attention") <= by_block("random") + 24
 
 
 def test_what_is_large_comes_in_few_pieces_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,10 +262,19 @@ def test_a_processor_that_cannot_be_observed_is_explained(build, run):
         def __call__(self, attn, *args, **kwargs):
             return super().__call__(getattr(attn, "attn", attn), *args, **kwargs)  # its own way to the projections
 
-    attn.set_processor(Foreign())
-    run(dit_accel.apply(pipe, replace(CONFIG, selector="random")))
-    with pytest.raises(RuntimeError, match="Foreign does not use diffusers' projections.*choose another one"):
-        run(dit_accel.apply(pipe, CONFIG))
+    class Blind(type(attn.processor)):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+            return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+
+    for processor, selector, message in (
+        (Foreign(), "k-norm", "Foreign does not use diffusers' projections.*choose another one"),
+        (Blind(), "attention", "Blind does not compute attention by PyTorch's.*'native'.*choose a selector that looks at no"),
+    ):
+        attn.set_processor(processor)
+        run(dit_accel.apply(pipe, replace(CONFIG, selector="random")))
+        with pytest.raises(RuntimeError, match=message):
+            run(dit_accel.apply(pipe, replace(CONFIG, selector=selector)))
+        dit_accel.remove(pipe)
 
 
 def test_a_selector_that_this_family_cannot_serve_is_refused(tiny_flux):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dit_accel
 from dit_accel import TokenCacheConfig, importance, store, which
@@ -89,6 +91,27 @@ def test_attention_received_is_the_column_mean_of_the_map(queries, keys):
     maps = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), eye)
     torch.testing.assert_close(received, maps.mean(dim=(1, 2)))
     torch.testing.assert_close(received.sum(-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_map_is_in_the_type_of_queries_and_keys(dtype):
+    """Nothing larger than the keys is made in float32; the scores agree to rounding."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 128, 4, 16, generator=g), torch.randn(1, 300, 4, 16, generator=g)
+
+    class Large(TorchDispatchMode):
+        made = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            self.made |= {t.dtype for t in tree_leaves(output) if t.numel() > k.numel()}
+            return output
+
+    for score in (importance.attention_received, lambda q, k: importance.attention_entropy(q, k, None, False)):
+        with Large() as large:
+            found = score(q.to(dtype), k.to(dtype))
+        assert large.made == {dtype} and found.dtype is torch.float32
+        torch.testing.assert_close(found, score(q, k), rtol=0.01, atol=0)
 
 
 def test_age_and_normalisation_of_scores():
