@@ -101,10 +101,6 @@ class ModelScope(Engine):
             self.run.halves = even and name in (None, "cond_uncond") and bool(torch.equal(*latents.chunk(2)))
         if self.packed is None:
             return
-        if self.run.halves:
-            raise ValueError(
-                "guidance_steps and compute_ratio cannot be combined where both halves of guidance share a batch; leave one out."
-            )
         self.run.tokens = self.packed.family.count(self.transformer.config, given)
         frames, height, width = self.packed.family.grid(self.transformer.config, given)
         self.run.grid = frames * height, width
@@ -120,9 +116,7 @@ class ModelScope(Engine):
                 return StepPlan(Mode.PARTIAL, difference=weights, rows=0.0)
             return StepPlan(Mode.FULL)
         plan = step_plan(self.config, moment, branch.past, self.run.tokens)
-        if self.run.halves and plan.mode is Mode.FULL and plan.difference:
-            return replace(plan, rows=0.5)
-        return plan
+        return replace(plan, rows=0.5) if self.run.halves and plan.rows and plan.difference else plan
 
     def _conditional(self, moment: Moment, call: Call) -> tuple[int, Mode, list[Any]] | None:
         """The call of the conditional branch on this step, if this one is that of the unconditional branch."""
@@ -140,12 +134,13 @@ class ModelScope(Engine):
             if branch.conditional is not None:
                 kept, weights = branch.differences, plan.difference
             instead = functools.partial(store.combined, kept[: len(weights)], store.numbers(weights))
-        elif plan.rows == 0.5:
+        if plan.rows == 0.5:
             part = functools.partial(store.later_rows, batch=len(call.latents), share=0.5)
             change = torch.compiler.disable(functools.partial(tree_map, part))
-        elif self.packed is not None and branch.conditional is None:
+        if plan.rows and self.packed is not None and branch.conditional is None:
             if full:
-                within = self.packed.full(branch.tokens, self.run.tokens, moment.time, max(each(config.order)))
+                pictures = len(call.latents) // 2 if self.run.halves else 0
+                within = self.packed.full(branch.tokens, self.run.tokens, moment.time, max(each(config.order)), pictures)
                 branch.selection = None
             else:
                 branch.selection = branch.selection or Selection(

@@ -70,15 +70,18 @@ class Packed:
         self.last = sum(len(getattr(transformer, stack.blocks)) for stack in family.stacks) - 1
         self._undo: list[Any] = []
 
-    def full(self, memory: Memory, tokens: int, time: float, most: int = 2) -> contextlib.AbstractContextManager[None]:
+    def full(
+        self, memory: Memory, tokens: int, time: float, most: int = 2, pictures: int = 0
+    ) -> contextlib.AbstractContextManager[None]:
         """Inside, the transformer's call computes everything, bit by bit as stock, and is remembered.
 
         Args:
             tokens: how many can be selected, `Family.count`.
             time: of this step; a second output at the same time, of a solver such as Heun's, replaces the first.
             most: how many outputs to keep besides this one.
+            pictures: how many of the batch partial steps will go on with, the last ones; 0 for all.
         """
-        memory.begin(tokens)
+        memory.begin(tokens, pictures)
         return _During(self, Full(self.family, self.attention, memory, time, most))
 
     def partial(self, memory: Memory, index: Index, weights: Sequence[float]) -> contextlib.AbstractContextManager[None]:

@@ -20,6 +20,7 @@ class Memory:
     """What one guidance branch remembers; tensors keep their addresses while their shapes stay the same."""
 
     tokens: int = 0  # N, how many can be selected
+    pictures: int = 0  # of the batch that are remembered, the last ones; 0 for all
     times: list[float] = field(default_factory=list)  # of the full steps remembered, newest first
     outputs: list[list[Any]] = field(default_factory=list)  # the head's rows at these, each [B, N, C]
     features: dict[Any, tuple[Any, ...]] = field(default_factory=dict)  # by mixer, or "entered" the first block
@@ -28,18 +29,19 @@ class Memory:
     def keep(self, key: Any, *values: torch.Tensor | None) -> None:
         """Remember what the last full step computed, in place where that is possible."""
         kept = []
-        for old, new in zip((*self.features.get(key, ()), *[None] * len(values)), values, strict=False):
+        for old, value in zip((*self.features.get(key, ()), *[None] * len(values)), values, strict=False):
+            new = None if value is None else value[-self.pictures :]
             if old is None or new is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
                 kept.append(None if new is None else new.detach().clone())
             else:
                 kept.append(old.copy_(new.detach()))
         self.features[key] = tuple(kept)
 
-    def begin(self, tokens: int) -> None:
+    def begin(self, tokens: int, pictures: int) -> None:
         """A full step; what was remembered in inference mode cannot be written to outside of it."""
         if self.inference != torch.is_inference_mode_enabled():
             self.times, self.outputs, self.features = [], [], {}
-        self.tokens, self.inference = tokens, torch.is_inference_mode_enabled()
+        self.tokens, self.pictures, self.inference = tokens, pictures, torch.is_inference_mode_enabled()
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Full:
     def end(self) -> None:
         """Remember the output; outside of any compiled graph, which would hold for this one time alone."""
         if self.rows is not None:
-            store.push(self.memory.outputs, self.memory.times, self.time, [self.rows], self.most)
+            store.push(self.memory.outputs, self.memory.times, self.time, [self.rows[-self.memory.pictures :]], self.most)
 
     def before(self, block: Block, given: dict[str, Any]) -> None:
         for name in block.stack.refused:

@@ -233,6 +233,30 @@ def test_guidance_on_all_full_steps_is_no_other_forecast(name, order):
     assert (both - other).norm() > 1e-3 * plain.norm()
 
 
+@pytest.mark.parametrize("name", [*TWO_CALLS, *ONE_BATCH])
+def test_guidance_on_its_own_steps_where_tokens_are_computed(name):
+    """With all tokens and fresh attention, the conditional branch is stock on every step, and the other one follows from it."""
+    pipe, call = made(name)
+    settings = dict(interval=2, guidance_steps=(0, 4), attention="fresh")
+    config = OutputCacheConfig(**settings, compute_ratio=1.0)
+    ours, some = call_with(pipe, call, config), call_with(pipe, call, OutputCacheConfig(**settings, compute_ratio=0.4))
+    dit_accel.apply(pipe, config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    report, batched = dit_accel.report(pipe), name in ONE_BATCH
+    calls = report.calls
+    assert sum(report.flops) == counter.get_total_flops()
+    if batched:
+        assert [c.rows for c in calls] == [1 if s in (0, 4) else 0.5 for s in range(STEPS)]
+    else:
+        assert [c.step for c in calls if c.branch == 1 and c.rows] == [0, 4]
+    dit_accel.remove(pipe)
+    Reference(pipe.transformer, range(STEPS), guided=(0, 4), batched=batched, branches=1 if batched else 2)
+    expected = call()
+    assert_close(ours, expected)
+    assert (some - expected).norm() > 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("prefix", ["", "pred_"])
 def test_names_of_branches(prefix):
     """Diffusers' guiders call them pred_cond and pred_uncond."""
