@@ -176,7 +176,7 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    from dit_accel.eval.drawing import COLOURS, MARKERS, style
+    from dit_accel.eval.drawing import COLORS, MARKERS, style
 
     names = list(dict.fromkeys((row["what"], row["by"]) for row in rows))
     sizes, lines = sorted({row["tokens"] for row in rows}), []
@@ -187,8 +187,8 @@ def draw(rows: list[Row], path: Path) -> None:
             for number, (what, by) in enumerate(names):
                 own = sorted((row for row in rows if (row["what"], row["by"]) == (what, by)), key=lambda row: row["tokens"])
                 values = [statistics.median(row["seconds"]) if unit == "s" else row["peak_bytes"] for row in own]
-                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-                looks = {"color": "black", "lw": 2} if what.endswith("step") else {"color": colour}
+                color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+                looks = {"color": "black", "lw": 2} if what.endswith("step") else {"color": color}
                 looks |= {"ls": ":" if by == "tomesd" else "--" if what.startswith("m") else "-", "marker": marker, "ms": 5}
                 label = what if by == OURS else f"{what}, {by}"
                 lines += panel.loglog([row["tokens"] for row in own], values, label=label, **looks)

@@ -25,9 +25,9 @@ from peers import WITHOUT
 from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell, chosen
 from width import flux_dev, summary
 
-from dit_accel.eval.drawing import COLOURS, MARKERS, style
+from dit_accel.eval.drawing import COLORS, MARKERS, style
 from dit_accel.eval.statistics import MANY, compare, mean_interval, per_prompt
-from dit_accel.eval.summary import summarise
+from dit_accel.eval.summary import summarize
 from dit_accel.pipelines.pictures import write_atomically
 
 HERE = Path(__file__).parent
@@ -54,7 +54,7 @@ class Quality:
             for row in rows
         }
         times = pd.DataFrame(self.seconds["rows"]).assign(error=None, comparable=True, cache_bytes=None)
-        table = summarise(self.rows, times, score=SCORE, margin=MARGIN).set_index("method")
+        table = summarize(self.rows, times, score=SCORE, margin=MARGIN).set_index("method")
         structure = per_prompt(self.rows, "ssim")
         for method in table.index:
             found = mean_interval(structure[method])
@@ -109,8 +109,8 @@ class Quality:
         for panel, value in zip(figure.subplots(1, 2), ("score", "psnr"), strict=True):
             for number, name in enumerate(names):
                 own = self.table[[self.name_of(method) == name for method in self.table.index]].sort_values("speedup")
-                colour, (line, width) = COLOURS[number % len(COLOURS)], lines[self.owners[name]]
-                look = {"color": "black" if self.owners[name] == "stock" else colour, "ls": line, "lw": width}
+                color, (line, width) = COLORS[number % len(COLORS)], lines[self.owners[name]]
+                look = {"color": "black" if self.owners[name] == "stock" else color, "ls": line, "lw": width}
                 look |= {"marker": MARKERS[number % len(MARKERS)], "ms": 5, "label": f"{name}, {self.owners[name]}"}
                 panel.plot(own["speedup"], own[value], **look)
                 if value == "psnr":

@@ -19,12 +19,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dit_accel.eval.drawing import COLOURS, style
+from dit_accel.eval.drawing import COLORS, style
 from dit_accel.eval.fidelity import decibels
 from dit_accel.eval.folder import RunFolder
 from dit_accel.eval.spec import FULL
 from dit_accel.eval.statistics import compare, per_prompt
-from dit_accel.eval.summary import summarise
+from dit_accel.eval.summary import summarize
 from dit_accel.pipelines.pictures import side_by_side, write_atomically
 
 HERE = Path(__file__).parent
@@ -54,7 +54,7 @@ class Family:
         self.spec = self.folder.begun["spec"]
         self.name, self.score = self.spec["pipelines"][0], self.spec["scores"][0]
         self.rows, times = (pd.read_parquet(path / f"{kind}.parquet") for kind in ("results", "timing"))
-        self.summary = summarise(self.rows, times, score=self.score, margin=self.spec["margin"]).set_index("method")
+        self.summary = summarize(self.rows, times, score=self.score, margin=self.spec["margin"]).set_index("method")
         maps = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((path / "maps").glob("*.json"))]
         self.maps = {one["method"]: one for one in maps}
         self.scores = per_prompt(self.rows, self.score)
@@ -204,9 +204,9 @@ def forest(families: list[Family]) -> Figure:
                     if name in rows.index:
                         row, place = rows.loc[name], y + 0.22 * (i - 1)
                         solid = row["p_holm"] <= 0.05
-                        axis.plot([row["low"], row["high"]], [place] * 2, color=COLOURS[i], lw=2)
-                        axis.plot(row["difference"], place, "o", color=COLOURS[i], mfc=COLOURS[i] if solid else "white", ms=6)
-                axis.plot([], [], "o-", color=COLOURS[i], label=f"interval {interval}")
+                        axis.plot([row["low"], row["high"]], [place] * 2, color=COLORS[i], lw=2)
+                        axis.plot(row["difference"], place, "o", color=COLORS[i], mfc=COLORS[i] if solid else "white", ms=6)
+                axis.plot([], [], "o-", color=COLORS[i], label=f"interval {interval}")
             axis.set(
                 title=family.name, xlabel=f"{what}: difference to random", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5)
             )
@@ -231,12 +231,12 @@ def scatter(families: list[Family]) -> Figure:
             ]
             y = [row["difference"] for row in rows]
             axis.plot(x, y, color="#999999", lw=1)
-            for place, row, colour, marker in zip(x, rows, COLOURS, "os", strict=False):
-                axis.plot([place] * 2, [row["low"], row["high"]], color=colour, alpha=0.4)
-                axis.plot(place, row["difference"], marker, color=colour)
+            for place, row, color, marker in zip(x, rows, COLORS, "os", strict=False):
+                axis.plot([place] * 2, [row["low"], row["high"]], color=color, alpha=0.4)
+                axis.plot(place, row["difference"], marker, color=color)
             axis.annotate(name, (x[0], y[0]), (5, 4), textcoords="offset points", fontsize=8)
-        for age, colour, marker in zip((0, 0.25), COLOURS, "os", strict=False):
-            axis.plot([], [], marker, color=colour, label=f"age weight {age:g}")
+        for age, color, marker in zip((0, 0.25), COLORS, "os", strict=False):
+            axis.plot([], [], marker, color=color, label=f"age weight {age:g}")
         axis.set(title=family.name, xlabel="uniformity of a selection over the picture")
         axis.set_ylabel(f"{family.score}: difference to random, age weight 0")
         axis.margins(x=0.15)

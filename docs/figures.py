@@ -59,7 +59,7 @@ def steps() -> None:
         )
         axis.set(title=title, xlabel="denoising step", xticks=range(0, 20, 4))
     axes[0].set_ylabel("image token")
-    figure.legend(handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()], loc="outside lower center", ncols=3)
+    figure.legend(handles=[Patch(color=color, label=kind) for kind, color in KINDS.items()], loc="outside lower center", ncols=3)
     figure.savefig(FIGURES / "steps.png", dpi=110)
 
 

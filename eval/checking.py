@@ -89,7 +89,7 @@ class Plan:
 
 
 def plan(spec: Spec, folder: RunFolder, bench: Bench) -> Plan:
-    """The work of a pipeline, and about how many seconds it takes at most: every method as slow as the run in full.
+    """The work of a pipeline, and about how many seconds it takes at most: every method as slow as the uncached run.
 
     Denoises a batch for a few steps, twice, so that the first one's warm-up is not counted.
 

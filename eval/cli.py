@@ -73,7 +73,7 @@ def run(
 ) -> None:
     r"""Make, score, compare and time the pictures of every method. Interrupted at any moment, the same command goes on.
 
-    Runs in full, with fewer steps and with a cache that caches nothing are added by themselves. On several GPUs or machines, put
+    Uncached runs, runs with fewer steps and a cache that caches nothing are added automatically. On several GPUs or machines, put
     [bold]accelerate launch -m dit_accel.eval[/] in place of dit-accel-eval.
 
     [bold]Examples[/]
@@ -179,7 +179,7 @@ def report(
     """Write one HTML page about a run that needs nothing but itself, and its figures as PNG and CSV.
 
     Quality against measured seconds, seconds against FLOPs, differences prompt by prompt, the worst and the best pictures beside
-    their twins in full, selection maps, and how all of it was measured. Of a run that is not finished, what is there.
+    their uncached baselines, selection maps, and the protocol. Of an unfinished run, the report shows what is there.
     """
     with plain_errors(debug, extra="eval"):
         from dit_accel.eval.folder import RunFolder

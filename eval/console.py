@@ -82,7 +82,7 @@ def planned(plans: list[Plan], spec: Spec, path: Path, resolved: dict[str, str])
         f"{len(spec.prompts)} prompts, {spec.seeds} seeds, {spec.timing_rounds} timing rounds, {' on '.join(resolved.values())}.",
         f"Fewer steps that match the methods' seconds and FLOPs are added: at most {more}.",
         f"Made already: {sum(plan.done for plan in plans)} pictures in {path}.",
-        f"About {total} (h:mm:ss) at most, as if every method were as slow as the run in full; scores not counted.",
+        f"About {total} (h:mm:ss) at most, as if every method were as slow as the uncached run, without scoring.",
     ]
 
 
@@ -92,10 +92,10 @@ def overview(folder: RunFolder, spec: Spec) -> list[Any]:
     from rich.markup import escape
     from rich.table import Table
 
-    from dit_accel.eval.summary import non_inferior_text, summarise, verdict
+    from dit_accel.eval.summary import non_inferior_text, summarize, verdict
 
     rows, times = (pd.read_parquet(folder.path / f"{name}.parquet") for name in ("results", "timing"))
-    summary = summarise(rows, times, score=spec.scores[0], margin=spec.margin, baselines=folder.baselines())
+    summary = summarize(rows, times, score=spec.scores[0], margin=spec.margin, baselines=folder.baselines())
     table = Table(
         "pipeline",
         "method",

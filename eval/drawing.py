@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 WIDTH = 4.4  # inches; with text of 10 points this can be read when the figure is 330 pixels wide
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, without black and yellow
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, without black and yellow
 MARKERS = ("o", "s", "^", "D", "v", "P", "p")
 PLAIN = {"full": ("#000000", "*"), "no-op": ("#767676", "x"), "fewer steps": ("#767676", "o")}
 NAMED = 16  # methods that a legend names one by one; of more it names the series
@@ -41,7 +41,7 @@ STYLE = {
 }
 
 
-Looks = dict[str, tuple[str, str]]  # colour and marker of every method, by key
+Looks = dict[str, tuple[str, str]]  # color and marker of every method, by key
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def looks(part: pd.DataFrame) -> Looks:
     names = list(dict.fromkeys(series(method) for method in part.loc[part["kind"] == "method", "method"]))
     return {
         row.key: PLAIN.get(row.kind)
-        or (COLOURS[names.index(series(row.method)) % len(COLOURS)], MARKERS[names.index(series(row.method)) % len(MARKERS)])
+        or (COLORS[names.index(series(row.method)) % len(COLORS)], MARKERS[names.index(series(row.method)) % len(MARKERS)])
         for row in part.itertuples()
     }
 
@@ -140,13 +140,13 @@ def points(
     """
     bars = []
     for i, row in zip(known.index, known.itertuples(), strict=True):
-        colour = shades[row.key][0]
+        color = shades[row.key][0]
         for ends, steady, flat in ((across, y, True), (along, x, False)):
             if ends is not None and pd.notna(ends[0][i]):
                 bar, still = [ends[0][i], ends[1][i]], [steady[i]] * 2
                 bars.append(np.column_stack((bar, still) if flat else (still, bar)))
-                axes.plot(*bars[-1].T, color=colour, alpha=0.6, lw=1.3, gid=gid(row.key, "bar"))
-                mark_cuts(axes, bar, still[0], flat, color=colour, gid=gid(row.key, "cut"))
+                axes.plot(*bars[-1].T, color=color, alpha=0.6, lw=1.3, gid=gid(row.key, "bar"))
+                mark_cuts(axes, bar, still[0], flat, color=color, gid=gid(row.key, "cut"))
         dot = mark(shades[row.key], row)
         dot.set(xdata=[x[i]], ydata=[y[i]], gid=gid(row.key, "point"), zorder=3)
         axes.add_line(dot)

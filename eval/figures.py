@@ -1,6 +1,6 @@
 """The figures of a report: quality against seconds, seconds against FLOPs, differences by prompt, selection maps.
 
-`part` is always the rows of `dit_accel.eval.summary.summarise` of one pipeline, with a `number` and a `key` for each method.
+`part` is always the rows of `dit_accel.eval.summary.summarize` of one pipeline, with a `number` and a `key` for each method.
 """
 
 from __future__ import annotations
@@ -103,18 +103,18 @@ def differences(name: str, part: pd.DataFrame, table: pd.DataFrame, margin: floa
     return finish(name, figure, known[["number", "method"]].merge(long, on="method"))
 
 
-def strip(axes: Axes, values: NDArray[np.float64], y: float, colour: str, key: str) -> None:
+def strip(axes: Axes, values: NDArray[np.float64], y: float, color: str, key: str) -> None:
     """Dots, moved apart at random but always alike; of many prompts, the outline of their distribution."""
     if len(values) <= DOTS:
         apart = np.random.default_rng(0).uniform(-0.15, 0.15, len(values))
-        axes.plot(values, y + apart, "o", color=colour, alpha=0.55, ms=4, mew=0, gid=gid(key, "dots"))
+        axes.plot(values, y + apart, "o", color=color, alpha=0.55, ms=4, mew=0, gid=gid(key, "dots"))
         return
     for body in axes.violinplot([values], [y], orientation="horizontal", widths=0.45, showextrema=False)["bodies"]:
-        body.set(facecolor=colour, edgecolor=colour, alpha=0.5, gid=gid(key, "dots"))
+        body.set(facecolor=color, edgecolor=color, alpha=0.5, gid=gid(key, "dots"))
 
 
 def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) -> Drawing | None:
-    """How often each place was computed between full steps: one map a method, all in the same colours.
+    """How often each place was computed between full steps: one map a method, all in the same colors.
 
     Args:
         maps: as a run records them: `method`, `share` [H, W], `uniformity`, `row_bias`, `column_bias`, `pictures`.

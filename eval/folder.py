@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked, what is done already, and tables that are written whole or not at all.
+"""The folder of a run: what was asked, what is done already, and tables that are written atomically.
 
 spec.json                 the evaluation, what its settings became here, versions, batches
 run.lock, running.json    held by the process that is at work, and its name
@@ -10,8 +10,8 @@ maps/                     which places a method computes
 pictures/                 PNG, in folders by pipeline and method
 results.parquet, timing.parquet    everything, once the run is whole
 
-Files of a method carry a hash of all that its pictures depend on, so that a run can grow: what is asked anew gets files of its own,
-and what is asked no more is passed over.
+Files of a method carry a hash of all that its pictures depend on, so that a run can grow: what is added gets files of its own, and
+what is no longer asked for is ignored.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CONTENTS = ("spec.json", "run.lock", "running.json", "sessions", "timing", "base
 class RunFolder:
     """Paths and tables of one run.
 
-    A file that cannot be read counts as missing, so that it is made anew, and is named in `unreadable`.
+    A file that cannot be read counts as missing, so that it is made again, and is named in `unreadable`.
 
     Args:
         path: the folder.
@@ -223,7 +223,7 @@ def grown(batches: list[Any], spec: Spec) -> Batches:
 
 
 def fewer_steps(count: int) -> Cell:
-    """The run in full with fewer steps."""
+    """The uncached run with fewer steps."""
     return Cell(f"{count} steps", (), count, "fewer steps")
 
 

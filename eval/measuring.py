@@ -43,7 +43,7 @@ class Measured:
         """Pictures of (prompt, noise seed) pairs, denoised together, and what one of them cost.
 
         Seconds and FLOPs are the batch's divided by its pictures; memory is the batch's. A method's own report knows its
-        FLOPs; without a method they are missing here. After an error the method is put in place anew.
+        FLOPs; without a method they are missing here. After an error the method is applied again.
         """
         pipe, key = self.bench.pipe, (self.cell.label, len(batch))
         device = torch.device(pipe._execution_device)

@@ -42,7 +42,7 @@ def columns(scores: tuple[str, ...], pipelines: int) -> list[Column]:
     if pipelines > 1:
         found.append(Column("pipeline", "", lambda r: Cell(r["pipeline"], r["pipeline"]), "text"))
     found += [
-        Column("pictures", "finished, and how many failed", pictures),
+        Column("pictures", "made, and how many failed", pictures),
         *quality(scores[0], "score"),
         Column("p (Holm)", "sign-flip test, adjusted for the number of methods", lambda r: p_value(r["p_holm"])),
         Column("non-inferior", "whether the whole interval of the difference lies above minus the margin", non_inferior, "text"),
@@ -52,11 +52,9 @@ def columns(scores: tuple[str, ...], pipelines: int) -> list[Column]:
             against,
         ),
         Column("verdict", "whether the method beats fewer steps at its seconds", lambda r: Cell(verdict(r) or NOTHING), "text"),
-        Column("PSNR, dB", "to the same picture in full, of the mean squared error", psnr),
-        Column("SSIM", "to the same picture in full", lambda r: number(r["ssim"], ".3f")),
-        Column(
-            "identical", "share of the pictures that equal the one in full to the last bit", lambda r: number(r["identical"], ".0%")
-        ),
+        Column("PSNR, dB", "to the uncached baseline, of the mean squared error", psnr),
+        Column("SSIM", "to the uncached baseline", lambda r: number(r["ssim"], ".3f")),
+        Column("identical", "share of pictures bit-identical to the uncached baseline", lambda r: number(r["identical"], ".0%")),
         Column("seconds", "of denoising a picture: median over rounds, and its quartiles", denoising),
         Column("speed-up, measured", "seconds of denoising, full over method: median over rounds, and quartiles", speedup),
         Column("speed-up end to end", "with text encoders and decoder", lambda r: number(r["end_to_end_speedup"], ".2f")),
@@ -191,11 +189,9 @@ def doubts(table: pd.DataFrame, unfinished: str, unreadable: Sequence[str] = (),
     """
     found = [unfinished] if unfinished else []
     if unreadable:
-        found.append(f"Could not be read and counts as missing: {', '.join(unreadable)}. The same run again makes it anew.")
+        found.append(f"Could not be read and counts as missing: {', '.join(unreadable)}. The same command makes it again.")
     if len(machines) > 1:
-        found.append(
-            f"Seconds were taken on different hardware: {', '.join(machines)}. Believe speed-ups, which are taken in rounds."
-        )
+        found.append(f"Seconds were taken on different hardware: {', '.join(machines)}. Rely on speed-ups, measured within rounds.")
     noop = table[(table["kind"] == "no-op") & (table["identical"] < 1)]
     for row in noop.itertuples():
         found.append(
@@ -215,7 +211,7 @@ def doubts(table: pd.DataFrame, unfinished: str, unreadable: Sequence[str] = (),
 
 
 def same(row: Any) -> str:
-    """How many pictures equal their twins in full."""
+    """How many pictures equal their uncached baselines."""
     return f"{round(row.identical * row.compared)} of {row.compared}"
 
 
@@ -246,7 +242,7 @@ def protocol(
     return [
         ("Prompts", f"{count(fewest, 'prompt')}, each with {count(spec['seeds'], 'seed')}"),
         ("Initial noise", "from prompt and seed only: the same for every method, batch and process"),
-        ("Denoising steps in full", "; ".join(steps) or "unknown yet"),
+        ("Denoising steps, uncached", "; ".join(steps) or "unknown yet"),
         ("Guidance", "each pipeline's own" if spec["guidance"] is None else f"{spec['guidance']:g}"),
         ("Size", size),
         ("Batch size", f"{spec['batch_size']}; {spec['timing_batch_size']} where time is measured"),
@@ -259,9 +255,9 @@ def protocol(
         (
             "How seconds are taken",
             "after a warm-up, all methods in turn, in another order every round; the median over rounds, quartiles in brackets. "
-            "Speed-up: seconds in full over seconds of the method in the same round.",
+            "Speed-up: uncached seconds over those of the method in the same round.",
         ),
-        ("FLOPs ratio", "FLOPs in full over those of the method, counted from the steps that were executed. It is not a speed-up."),
+        ("FLOPs ratio", "uncached FLOPs over the method's, counted from the steps that were executed. It is not a speed-up."),
         ("Scores", ", ".join(spec["scores"]) + ("; the first decides" if len(spec["scores"]) > 1 else "")),
         ("Prompts cut by the score", ", ".join(f"{name}: {n} of {fewest}" for name, n in cut.items()) or "unknown"),
         ("Margin of non-inferiority", f"{spec['margin']:g}, declared in the specification before the run"),

@@ -21,7 +21,7 @@ from dit_accel.eval.folder import RunFolder, read_json, read_table
 from dit_accel.eval.runs import with_flops
 from dit_accel.eval.spec import FULL
 from dit_accel.eval.statistics import per_prompt
-from dit_accel.eval.summary import RESAMPLES, summarise
+from dit_accel.eval.summary import RESAMPLES, summarize
 from dit_accel.pipelines.pictures import psnr_text, write_atomically
 
 SIDE = 512  # pixels, of the embedded pictures
@@ -94,7 +94,7 @@ def write_report(folder: RunFolder, output: Path, resamples: int = RESAMPLES) ->
     Args:
         folder: of the run.
         output: made if there is none; files of an earlier report are replaced.
-        resamples: see `dit_accel.eval.summary.summarise`.
+        resamples: see `dit_accel.eval.summary.summarize`.
 
     Raises:
         FileNotFoundError, ValueError: see `read_run`.
@@ -120,10 +120,10 @@ def csv(table: pd.DataFrame) -> bytes:
 
 def methods(run: Run, resamples: int) -> pd.DataFrame:
     """The summary of the first score, with what the page adds: a `number` for every method of a pipeline, a `key`, the pictures
-    that were `compared` with their twins, and the other scores."""
+    that were `compared` with their uncached baselines, and the other scores."""
     scores, margin = run.spec["scores"], run.spec["margin"]
     table, *others = [
-        summarise(run.rows, run.times, score=score, margin=margin, resamples=resamples, baselines=run.folder.baselines())
+        summarize(run.rows, run.times, score=score, margin=margin, resamples=resamples, baselines=run.folder.baselines())
         for score in scores
     ]
     table = complete(table, NUMBERS)
@@ -132,8 +132,8 @@ def methods(run: Run, resamples: int) -> pd.DataFrame:
             table[f"{i}: {column}"] = other.get(column)
     numbers = table.groupby("pipeline", sort=False).cumcount()
     keys = [f"{run.spec['pipelines'].index(name)}-{n}" for name, n in zip(table["pipeline"], numbers, strict=True)]
-    twins = run.rows[run.rows["squared_error"].notna()].groupby(["pipeline", "method"]).size()
-    compared = [twins.get(name, 0) for name in zip(table["pipeline"], table["method"], strict=True)]
+    baselines = run.rows[run.rows["squared_error"].notna()].groupby(["pipeline", "method"]).size()
+    compared = [baselines.get(name, 0) for name in zip(table["pipeline"], table["method"], strict=True)]
     comparable = table["comparable"].isna() | table["comparable"].eq(True)
     return table.assign(compared=compared, number=numbers, key=keys, comparable=comparable)
 
@@ -152,9 +152,9 @@ def draw(run: Run, part: pd.DataFrame) -> list[tuple[drawing.Drawing, str, str]]
                 figures.quality_latency(f"quality-latency-{number:02}", part, margin, score),
                 "Quality against measured seconds",
                 "Up and left is better. Vertical bars: 95 % interval of the paired difference to full, drawn around the score; "
-                "horizontal bars: quartiles over rounds. Solid line: the score in full"
+                "horizontal bars: quartiles over rounds. Solid line: the uncached score"
                 + (f", {own.text} {own.note} over prompts" if own and own.order != "" else "")
-                + f"; dashed: less the margin of {margin:g}. Grey steps: the Pareto front of all methods.{named}",
+                + f"; dashed: less the margin of {margin:g}. Gray steps: the Pareto front of all methods.{named}",
             ),
             (
                 figures.latency_flops(f"latency-flops-{number:02}", part),
@@ -171,7 +171,7 @@ def draw(run: Run, part: pd.DataFrame) -> list[tuple[drawing.Drawing, str, str]]
             (
                 figures.selection_maps(f"selection-maps-{number:02}", part, maps(run, name)),
                 "Selection maps",
-                "How often each place was computed between full steps, in the same colours for all methods. Uniformity is 1 where "
+                "How often each place was computed between full steps, in the same colors for all methods. Uniformity is 1 where "
                 f"every region gets equally many tokens, 0 where one gets all.{named}",
             ),
         ]
@@ -194,12 +194,12 @@ def maps(run: Run, pipeline: str) -> list[dict[str, Any]]:
 
 
 def extremes(run: Run, table: pd.DataFrame) -> pd.DataFrame:
-    """The pictures of every method that lose most and gain most against their twins: `place` is worst or best."""
+    """The pictures of every method that lose most and gain most against their uncached baselines: `place` is worst or best."""
     score, rows = run.spec["scores"][0], run.rows
     keep = ["pipeline", "method", "prompt", "seed", "score", "picture", "psnr"]
     made = rows[rows["error"].isna()].assign(score=rows[score] if score in rows else float("nan"))[keep]
-    twins = made[made["method"] == FULL].drop(columns=["method", "psnr"])
-    both = made.merge(twins, on=["pipeline", "prompt", "seed"], suffixes=("", "_full"))
+    baselines = made[made["method"] == FULL].drop(columns=["method", "psnr"])
+    both = made.merge(baselines, on=["pipeline", "prompt", "seed"], suffixes=("", "_full"))
     both = both.assign(difference=both["score"] - both["score_full"]).dropna(subset="difference")
     both = both.sort_values(["difference", "prompt", "seed"], kind="stable")
     parts = []
@@ -231,7 +231,7 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
     spec = run.spec
     records = table.to_dict("records")
     columns = page.columns(tuple(spec["scores"]), len(spec["pipelines"]))
-    source = lru_cache(maxsize=None)(embedded)  # a twin is shown beside several methods
+    source = lru_cache(maxsize=None)(embedded)  # a baseline is shown beside several methods
     shown = {
         row["key"]: [
             (
@@ -279,7 +279,7 @@ def machines(run: Run, sessions: list[dict[str, Any]]) -> list[str]:
 
 
 def pair_of(folder: RunFolder, pair: dict[str, Any], source: Callable[[Path], str]) -> dict[str, Any]:
-    """A picture beside its twin, for the page."""
+    """A picture beside its uncached baseline, for the page."""
     likeness = "PSNR unknown" if pd.isna(pair["psnr"]) else psnr_text(pair["psnr"])
     return pair | {
         "sources": [(label, source(folder.path / pair[file])) for label, file in PAIR],

@@ -106,7 +106,7 @@ class Evaluation:
         return session
 
     def make_pictures(self, bench: Bench) -> None:
-        """The missing batches of this process; first those in full, to which the others are compared."""
+        """The missing batches of this process; first the uncached ones, to which the others are compared."""
         batches = list(enumerate(self.folder.batches()))
         cells = with_baselines(self.folder, self.spec, bench.name)
         total, missing = 0, []
@@ -136,8 +136,8 @@ class Evaluation:
             made = [place for place, bad in zip(places, failed, strict=True) if not bad]
             if any(self.folder.read(self.folder.path / self.folder.picture(pipeline, cell, *one), whole) is None for one in made):
                 return False
-        without_twin = cell.kind != "full" and ("squared_error" not in rows or rows["squared_error"].isna().any())
-        return not (self.retry_failed and (failed.any() or without_twin))
+        without_baseline = cell.kind != "full" and ("squared_error" not in rows or rows["squared_error"].isna().any())
+        return not (self.retry_failed and (failed.any() or without_baseline))
 
     def rows_of(self, measured: Measured, places: Places) -> list[dict[str, Any]]:
         """One row a picture. If a batch fails it is tried picture by picture; what fails then has an error."""
@@ -175,16 +175,16 @@ class Evaluation:
         return {"prompt": text, "prompt_number": prompt, "seed": seed, "noise_seed": noise_seed(text, seed)}
 
     def fidelity(self, name: str, prompt: int, seed: int, image: Any) -> dict[str, float]:
-        """To the twin in full; nothing where that one has failed."""
-        twin = self.folder.path / self.folder.picture(name, self.spec.cells[0], prompt, seed)
-        if not twin.is_file():
+        """To the uncached baseline; nothing where that one has failed."""
+        baseline = self.folder.path / self.folder.picture(name, self.spec.cells[0], prompt, seed)
+        if not baseline.is_file():
             return {}
-        full = open_picture(twin)
+        full = open_picture(baseline)
         error = squared_error(full, image)
         return {"squared_error": error, "psnr": decibels(error), "ssim": ssim(full, image)}
 
     def finish(self) -> pd.DataFrame:
-        """Write all rows as one table, with the FLOPs of the runs in full, which the no-op cache has counted."""
+        """Write all rows as one table, with the FLOPs of uncached runs, which the no-op cache has counted."""
         rows, times = with_flops(self.folder.table("rows")), with_flops(self.folder.table("timing"))
         write_table(self.folder.path / "results.parquet", rows)
         write_table(self.folder.path / "timing.parquet", times)
@@ -199,7 +199,7 @@ def whole(picture: Path) -> bool:
 
 
 def with_flops(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows without a method have no report: their FLOPs are those of the same number of steps in full."""
+    """Rows without a method have no report: their FLOPs are those of the same number of uncached steps."""
     lacking = {name: float("nan") for name in ("steps", "flops", "full_flops") if name not in table}  # where all have failed
     table = table.assign(**lacking)
     noop = table[(table["method"] == NO_OP) & table["error"].isna()]

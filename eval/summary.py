@@ -20,7 +20,7 @@ FAR = 0.1  # share by which a baseline's seconds may miss the method's before th
 Baselines = dict[str, dict[str, list[str]]]  # by pipeline and number of steps: "seconds of ..." and "FLOPs of ..."
 
 
-def summarise(
+def summarize(
     rows: pd.DataFrame,
     times: pd.DataFrame,
     *,
@@ -141,7 +141,7 @@ def verdict(row: dict[str, Any]) -> str:
     """Whether a method beats fewer steps at its seconds, the claim that decides whether it is of use; "" if that is unknown.
 
     Args:
-        row: of `summarise`, with the columns of the matched baseline.
+        row: of `summarize`, with the columns of the matched baseline.
     """
     matched = row.get("matched")
     if not isinstance(matched, str) or pd.isna(row.get("matched_difference")):
@@ -161,7 +161,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def non_inferior_text(row: dict[str, Any]) -> str:
-    """Of a row of `summarise`: yes, no, too few prompts, or nothing where it was not compared with full."""
+    """Of a row of `summarize`: yes, no, too few prompts, or nothing where it was not compared with full."""
     if pd.isna(row.get("difference")):
         return ""
     return "too few prompts" if pd.isna(row["non_inferior"]) else "yes" if row["non_inferior"] else "no"

@@ -45,7 +45,7 @@ def one_round(bench: Bench, cells: Sequence[Cell], spec: Spec, number: int, watc
 
 
 def matching_steps(rows: Sequence[dict[str, Any]], steps: int) -> dict[int, list[str]]:
-    """Fewer steps in full that cost what a method costs: how many, and which methods they match in seconds or FLOPs.
+    """Uncached runs with fewer steps that cost what a method costs: how many, and which methods they match in seconds or FLOPs.
 
     Args:
         rows: rounds with every method.

@@ -47,7 +47,7 @@ def asked_for(prompts: list[str] | None, file: Path | None = None, config: Path 
 
 
 def loaded(log: Console, pipeline: str, *machine: str) -> Any:
-    """A pipeline, and meanwhile the word that it is being loaded; BadParameter if there is no such one."""
+    """A pipeline, announced while it is loaded; BadParameter if it does not exist."""
     from dit_accel.pipelines.loading import load
     from dit_accel.pipelines.progress import loading
 
@@ -69,20 +69,20 @@ def replay(context: typer.Context, path: Path | None) -> Path | None:
 @options.with_options_of("token-cache", "output-cache", "token-merge")
 def generate(
     context: typer.Context,
-    prompts: Annotated[list[str] | None, typer.Argument(help="What to make; several prompts make several pictures.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; several prompts make several pictures.")] = None,
     prompts_file: options.PromptsFile = None,
     config: Annotated[
         Path | None,
         typer.Option(
             callback=replay,
             is_eager=True,
-            help="A picture made before, or the JSON file beside it: make it again. Options and prompts given as well change it.",
+            help="Make an earlier picture again, from its PNG or JSON file; options and prompts given as well replace its own.",
         ),
     ] = None,
     pipeline: options.Pipeline = "emoji-flux",
     output: options.Output = Path("out"),
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also make each picture in full, and one of both side by side.")
+        bool, typer.Option("--compare", help="Also make the uncached baseline of each picture, and one of both side by side.")
     ] = False,
     as_json: options.AsJson = False,
     method: Annotated[
@@ -171,7 +171,7 @@ def generate(
 @options.with_options_of("token-cache")
 def inspect(
     context: typer.Context,
-    prompts: Annotated[list[str] | None, typer.Argument(help="What to make.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw.")] = None,
     prompts_file: options.PromptsFile = None,
     pipeline: options.Pipeline = "emoji-flux",
     output: options.Output = Path("out"),
@@ -257,7 +257,7 @@ def demo(
     ),
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
-    """Make a few pictures in full and with nine of ten tokens cached, and show how long each took."""
+    """Make a few pictures without a cache and with nine of ten tokens cached, and show how long each took."""
     with plain_errors(debug):
         from dit_accel import TokenCacheConfig
         from dit_accel.pipelines.generation import settings_for

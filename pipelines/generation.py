@@ -1,4 +1,4 @@
-"""Make pictures: the same noise for the same seed whatever the batch, timed, alone or beside their twins in full."""
+"""Make pictures: the same noise for the same seed whatever the batch, timed, alone or beside their uncached baselines."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Settings:
 class Picture:
     """One picture. Pictures made together share the time of their batch evenly; `work` is the report's summary.
 
-    `saved_seconds` is an estimate of what denoising would have taken longer in full; None where nothing tells.
+    `saved_seconds` is an estimate of how much longer denoising would have taken without a cache; None if unknown.
     """
 
     image: Image.Image
@@ -174,7 +174,7 @@ class DenoisingClock:
 
 
 def saved(calls: Sequence[Any], seconds: Sequence[float]) -> float | None:
-    """Seconds that calls (of a report) would have taken longer had each taken as long as the median of those in full.
+    """Seconds that calls (of a report) would have taken longer if each had taken the median of those that computed everything.
 
     None where no call computed everything, or all did.
     """
@@ -235,7 +235,7 @@ def generate(
 def compare(
     pipe: Any, prompts: list[str], config: Config | Sequence[Config], settings: Settings, on_step: OnStep = lambda: None
 ) -> Iterator[tuple[Picture, Picture]]:
-    """Pairs (in full, faster) from the same noise, timed one after the other in this process after a warm-up.
+    """Pairs (uncached, faster) from the same noise, timed one after the other in this process after a warm-up.
 
     Arguments as for `generate`; a batch takes twice `steps` denoising steps.
     """
@@ -266,7 +266,7 @@ def check(pipe: Any, config: Config | Sequence[Config] | None) -> None:
 
 
 def warm_up(pipe: Any, prompts: list[str], config: Config | Sequence[Config], settings: Settings) -> None:
-    """A short run in full and one up to the first partial step: neither then pays for first-time work."""
+    """A short uncached run and one up to the first partial step: neither then pays for first-time work."""
     arguments = call_arguments(pipe, settings, lambda: None)
     arguments["num_inference_steps"] = min(first_partial_step(config) + 1, settings.steps)
     batch = next(batches(prompts, settings))

@@ -20,8 +20,8 @@ from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, st
 from dit_accel.pipelines.progress import denoising
 
 TILE = 4  # side of a tile, in tokens
-COLOURS = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float64)  # rare to often
-STRENGTH = 0.7  # of the colours over the picture
+COLORS = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float64)  # rare to often
+STRENGTH = 0.7  # of the colors over the picture
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ def position_bias(share: np.ndarray) -> tuple[float, float]:
 
 
 def overlay(image: Image.Image, share: np.ndarray, most: float) -> Image.Image:
-    """Shares [H, W] from 0 to `most` in colours, dark blue to yellow, over a picture in grey."""
-    level = np.clip(share / most if most else share, 0, 1) * (len(COLOURS) - 1)
-    below = np.minimum(level.astype(int), len(COLOURS) - 2)
-    colours = COLOURS[below] + (level - below)[..., None] * (COLOURS[below + 1] - COLOURS[below])
-    tint = Image.fromarray(colours.round().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+    """Shares [H, W] from 0 to `most` in colors, dark blue to yellow, over a picture in gray."""
+    level = np.clip(share / most if most else share, 0, 1) * (len(COLORS) - 1)
+    below = np.minimum(level.astype(int), len(COLORS) - 2)
+    colors = COLORS[below] + (level - below)[..., None] * (COLORS[below + 1] - COLORS[below])
+    tint = Image.fromarray(colors.round().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
     return Image.blend(image.convert("L").convert("RGB"), tint, STRENGTH)
 
 
@@ -141,7 +141,7 @@ def draw(
         "PSNR to full",
         caption=escape(f"{name}, {prompt!r}, seed {settings.seed}"),
     )
-    panels, figures = [(full, ["in full"])], {}
+    panels, figures = [(full, ["uncached"])], {}
     for selector, image, found in seen:
         likeness = psnr_text(psnr(full, image))
         uniform, row, column = f"{found.uniformity:.3f}", f"{found.row_bias:+.2f}", f"{found.column_bias:+.2f}"

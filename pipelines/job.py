@@ -75,12 +75,12 @@ class Job:
         return table
 
     def compare(self, table: Table | None = None) -> Table:
-        """Three files a picture: faster, in full, and both side by side. Adds to a table of an earlier job if there is one."""
+        """Three files a picture: faster, uncached, and both side by side. Adds to a table of an earlier job if there is one."""
         assert self.config
         table = table or Table(
             "pipeline",
             "prompt",
-            "seconds full",
+            "seconds uncached",
             "seconds merged" if list(parts(self.config)) == ["token-merge"] else "seconds cached",
             "speed-up",
             "PSNR",
@@ -97,7 +97,7 @@ class Job:
                 page = side_by_side(
                     f"{faster.prompt} ({self.name}, seed {faster.seed})",
                     [
-                        (full.image, ["in full", f"{full.denoising_seconds:.2f} s denoising"]),
+                        (full.image, ["uncached", f"{full.denoising_seconds:.2f} s denoising"]),
                         (
                             faster.image,
                             [

@@ -1,4 +1,4 @@
-"""Commands that list what there is."""
+"""Commands that list pipelines, selectors and families."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pipelines(as_json: AsJson = False) -> None:
 
 
 def selectors(as_json: AsJson = False) -> None:
-    """List the ways to choose the tokens that are computed on a partial step."""
+    """List the selectors: which tokens a partial step computes."""
     with plain_errors():
         from rich.table import Table
 
@@ -33,7 +33,7 @@ def selectors(as_json: AsJson = False) -> None:
 
 
 def families(as_json: AsJson = False) -> None:
-    """List the transformers of diffusers, and what works on each."""
+    """List the supported transformers of diffusers, and what works on each."""
     with plain_errors():
         from rich.table import Table
 

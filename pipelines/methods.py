@@ -40,7 +40,7 @@ def describe(config: Config | Sequence[Config] | None) -> str:
             extras = {"keys": part.keep_queries, "proportional": part.proportional_attention, "MLP": part.merge_mlp}
             every = "x".join(map(str, part.rematching))
             words.append(" ".join([f"merge {part.ratio:g} every {every}", *(word for word, asked in extras.items() if asked)]))
-    return ", ".join(words) or "in full"
+    return ", ".join(words) or "uncached"
 
 
 def _describe_output(part: OutputCacheConfig) -> str:

@@ -27,12 +27,12 @@ PromptsFile = Annotated[
         "key or column prompt; or, as -, from standard input, one a line."
     ),
 ]
-Output = Annotated[Path, typer.Option(help="Folder of the pictures; made if needed, nothing in it is overwritten.")]
+Output = Annotated[Path, typer.Option(help="Folder of the pictures; created if needed, nothing in it is overwritten.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="Published settings: toca-flux, toca-pixart, fora or taylorseer; options given as well change them.",
+        help="Published settings: toca-flux, toca-pixart, fora or taylorseer; options given as well replace theirs.",
         rich_help_panel=PANELS["token-cache"],
     ),
 ]
@@ -174,7 +174,7 @@ def given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def configured(method: Method, given: dict[str, Any]) -> list[Any]:
-    """The configurations that the options of a command ask for; BadParameter if there are no such ones."""
+    """The configurations that the options of a command ask for; BadParameter if they are invalid."""
     file = given.get("selector_file")
     if file is not None:
         if not file.is_file():

@@ -1,4 +1,4 @@
-"""Pictures as files: written whole or not at all, with everything they came from inside and beside them."""
+"""Pictures as files: written atomically, with everything they were made from inside and beside them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Picture = Image.Image | NDArray[np.uint8]  # an array is [height, width, 3]
 
 
 def as_shown(picture: Image.Image) -> Image.Image:
-    """A picture as viewers show it: turned as its EXIF data say, its transparent places white, grey of 16 bits in 8 bits.
+    """A picture as viewers show it: turned as its EXIF data say, its transparent places white, gray of 16 bits in 8 bits.
 
     A picture that has none of these is returned as it is, in its own mode.
 
     Raises:
-        ValueError: for whole or floating-point numbers of 32 bits, whose range nobody knows.
+        ValueError: for whole or floating-point numbers of 32 bits, whose range is unknown.
     """
     if picture.mode in ("I", "F"):
         name = getattr(picture, "filename", "") or "The picture"
@@ -127,7 +127,7 @@ def wrap(text: str, font: Any, width: int) -> list[str]:
 
 
 def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
-    """Write a file whole or not at all, also when interrupted or when the disk is full.
+    """Write a file atomically: whole or not at all, also when interrupted or when the disk is full.
 
     Args:
         path: the file; its folder is made if needed.
@@ -157,7 +157,7 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An error of the system in here names this file, not one that nobody knows of."""
+    """An error of the system in here names this file, not a temporary one."""
     try:
         yield
     except OSError as error:

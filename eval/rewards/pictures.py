@@ -50,7 +50,7 @@ def open_picture(picture: Picture) -> Image.Image:
     """The picture of this path, or one that is open already, as viewers show it; see `dit_accel.pipelines.pictures.as_shown`.
 
     The original code of CLIP and ImageReward turns every picture to RGB at once: it does not turn photographs by their EXIF
-    data, shows the color beneath transparent places, and cuts grey of 16 bits off at 255, so that nearly all of it is white.
+    data, shows the color beneath transparent places, and cuts gray of 16 bits off at 255, so that nearly all of it is white.
     """
     if isinstance(picture, Image.Image):
         return as_shown(picture)
@@ -68,7 +68,7 @@ def preprocess(picture: Image.Image, size: int) -> torch.Tensor:
     """The middle of a picture as CLIP prepares it, [3, size, size].
 
     The short side is resized to `size` with PIL's bicubic filter in the mode of the picture itself (a palette has no
-    colours between its entries, so there PIL takes the nearest), the long side in proportion, rounded down. Only the square
+    colors between its entries, so there PIL takes the nearest), the long side in proportion, rounded down. Only the square
     that is cut from the middle is turned into RGB. Sizes and offsets are rounded as torchvision rounds them.
     """
     short = min(picture.size)

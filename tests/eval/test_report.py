@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from dit_accel.eval import cli, drawing, figures, page
 from dit_accel.eval.folder import RunFolder, fewer_steps, write_json, write_table
 from dit_accel.eval.report import extremes, read_run, write_report
-from dit_accel.eval.summary import summarise
+from dit_accel.eval.summary import summarize
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 RESAMPLES = 200
@@ -93,9 +93,9 @@ def make_run(
                 score = base[prompt, seed] - (0 if plain else rng.normal(loss, 0.05, len(scores)))
                 picture = Path("pictures", f"{p:02}", f"{number:02}", f"{i:04}.png")
                 if pictures:
-                    colour = tuple(int(c) for c in np.random.default_rng(i).integers(0, 255, 3))
+                    color = tuple(int(c) for c in np.random.default_rng(i).integers(0, 255, 3))
                     (path / picture).parent.mkdir(parents=True, exist_ok=True)
-                    Image.new("RGB", (side, side), colour).save(path / picture)
+                    Image.new("RGB", (side, side), color).save(path / picture)
                 error = {} if kind == "full" else {"squared_error": 0.0 if plain else float(rng.uniform(5, 50))}
                 error |= {} if kind == "full" else {"ssim": 1.0 if plain else 0.95, "psnr": 20.0}
                 row = {**common, "prompt": prompt, "prompt_number": i // seeds, "seed": seed, "picture": picture.as_posix()}
@@ -210,7 +210,7 @@ def test_table_agrees_with_the_rows(run: Path, html: str) -> None:
 
 def test_table_agrees_with_the_summary(run: Path, html: str) -> None:
     rows, times = (pd.read_parquet(run / f"{name}.parquet") for name in ("results", "timing"))
-    summary = summarise(rows, times, score="emoji-reward", margin=0.1, resamples=RESAMPLES).set_index("method")
+    summary = summarize(rows, times, score="emoji-reward", margin=0.1, resamples=RESAMPLES).set_index("method")
     for method, row in Table(html).by_method().items():
         one = summary.loc[method]
         assert row["score"][1] == f"[{one['score_low']:.3f}, {one['score_high']:.3f}]"
@@ -310,14 +310,14 @@ def test_worst_and_best_pictures(run: Path, html: str) -> None:
     assert not set(listed["method"]) & {"full", "no-op cache"}
     assert html.count("data:image/webp;base64,") == 2 * len(listed)
     first = listed[(listed["method"] == METHODS[0]) & (listed["place"] == "worst")].iloc[0]
-    caption = f"({first.score:.3f} against {first.score_full:.3f} in full), PSNR {first.psnr:.1f} dB.<br>{first.prompt}, seed"
+    caption = f"({first.score:.3f} against {first.score_full:.3f} uncached), PSNR {first.psnr:.1f} dB.<br>{first.prompt}, seed"
     assert caption in html.replace("−", "-")
 
 
 def test_few_pictures_are_not_shown_twice(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", METHODS[:1], PROMPTS[:2], seeds=2, rounds=1, pictures=False)
     run = read_run(RunFolder(path))
-    table = summarise(run.rows, run.times, score="emoji-reward", margin=0.1, resamples=50).assign(key="k")
+    table = summarize(run.rows, run.times, score="emoji-reward", margin=0.1, resamples=50).assign(key="k")
     some = extremes(run, table)
     some = some[some["method"] == METHODS[0]]
     assert list(some["place"]) == ["worst"] * 2 + ["best"] * 2

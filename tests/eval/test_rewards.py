@@ -118,8 +118,8 @@ def reference(weights, vision, text, ids, pixels):
         return x @ weights[f"{name}.weight"].flatten(1).T + weights[f"{name}.bias"]
 
     def norm(name, x, eps):
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        scaled = centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt()
         return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     def attention(query, key, value, heads):
@@ -309,10 +309,10 @@ def test_preprocess_is_resize_crop_rgb_normalise(mode, size):
 
 def test_a_palette_picture_is_resized_before_it_becomes_rgb():
     image = picture(60, 60, "P")
-    colours = {tuple(row) for row in np.asarray(image.convert("RGB")).reshape(-1, 3)}
+    colors = {tuple(row) for row in np.asarray(image.convert("RGB")).reshape(-1, 3)}
     restored = preprocess(image, 24) * torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     restored = (restored + torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) * 255
-    assert {tuple(row) for row in restored.round().int().flatten(1).T.tolist()} <= colours
+    assert {tuple(row) for row in restored.round().int().flatten(1).T.tolist()} <= colors
 
 
 def test_paths_and_open_pictures_score_alike(parts, tmp_path):
@@ -337,9 +337,9 @@ def test_one_prompt_serves_every_picture_and_one_picture_every_prompt(parts, tmp
 def test_pictures_are_scored_as_viewers_show_them(parts, tmp_path):
     """Other than in the original: 16 bits, transparency and EXIF rotation."""
     reward, image = build_image_reward(*parts), picture(60, 40)
-    grey, black = image.convert("L"), Image.new("RGBA", (60, 40), (0, 0, 0, 0))
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
-    assert np.array_equal(reward.score("a cat", tmp_path / "sixteen.png"), reward.score("a cat", grey))
+    gray, black = image.convert("L"), Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    assert np.array_equal(reward.score("a cat", tmp_path / "sixteen.png"), reward.score("a cat", gray))
     black.paste(image.crop((0, 0, 30, 40)))
     white = Image.new("RGB", (60, 40), "white")
     white.paste(image.crop((0, 0, 30, 40)))
@@ -349,7 +349,7 @@ def test_pictures_are_scored_as_viewers_show_them(parts, tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees to the right
     image.save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(reward.score("a cat", tmp_path / "turned.png"), reward.score("a cat", image.rotate(-90, expand=True)))
-    Image.fromarray(np.asarray(grey).astype(np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.asarray(gray).astype(np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match="float.tiff has pixels of 32 bits .mode F., .*; save it in 8 bits"):
         reward.score("a cat", tmp_path / "float.tiff")
 

@@ -88,8 +88,8 @@ def textbook_bca(values: list[float], confidence: float, resamples: int) -> tupl
     means = np.sort(draw.choice(values, (resamples, n)).mean(1))
     z0 = normal.inv_cdf(float(np.mean(means < mean)))
     without = [(n * mean - value) / (n - 1) for value in values]
-    centre = sum(without) / n
-    a = sum((centre - w) ** 3 for w in without) / (6 * sum((centre - w) ** 2 for w in without) ** 1.5)
+    center = sum(without) / n
+    a = sum((center - w) ** 3 for w in without) / (6 * sum((center - w) ** 2 for w in without) ** 1.5)
 
     def end(probability: float) -> float:
         z = z0 + normal.inv_cdf(probability)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dit_accel.eval.runs import with_flops
 from dit_accel.eval.statistics import FEWEST, holm, paired
-from dit_accel.eval.summary import summarise, verdict
+from dit_accel.eval.summary import summarize, verdict
 
 METHODS = {"full": "full", "no-op cache": "no-op", "cache": "method", "10 steps": "fewer steps"}
 STEPS = {"full": 20, "no-op cache": 20, "cache": 20, "10 steps": 10}
@@ -56,7 +56,7 @@ def made(prompts=12, seeds=3, pipelines=("p",)):
 @pytest.fixture(scope="module")
 def table():
     rows, times = made()
-    return summarise(rows, times, score="reward", margin=0.1, resamples=2000).set_index("method")
+    return summarize(rows, times, score="reward", margin=0.1, resamples=2000).set_index("method")
 
 
 def test_scores_are_means_over_prompts_and_differences_are_paired(table):
@@ -95,14 +95,14 @@ def test_speed_ups_are_taken_within_rounds(table):
 
 def test_a_method_that_always_fails_is_counted_and_hurts_nothing():
     rows, times = made()
-    alone = summarise(rows, times, score="reward", margin=0.1, resamples=500).set_index("method")
+    alone = summarize(rows, times, score="reward", margin=0.1, resamples=500).set_index("method")
     broken = rows[rows["method"] == "cache"].assign(method="broken", error="no", reward=None, squared_error=None, ssim=None)
     failed = times[times["method"] == "cache"].assign(method="broken", error="no", seconds=None, denoising_seconds=None)
     some = rows.copy()
     lost = (some["method"] == "cache") & (some["prompt"] == "prompt 3")
     some.loc[lost, ["reward", "squared_error", "ssim"]] = None
     some.loc[lost, "error"] = "no"
-    result = summarise(pd.concat([some, broken]), pd.concat([times, failed]), score="reward", margin=0.1, resamples=500).set_index(
+    result = summarize(pd.concat([some, broken]), pd.concat([times, failed]), score="reward", margin=0.1, resamples=500).set_index(
         "method"
     )
     assert result.at["broken", "failed"] == 36 and result.at["broken", "pictures"] == 0 and pd.isna(result.at["broken", "score"])
@@ -113,8 +113,8 @@ def test_a_method_that_always_fails_is_counted_and_hurts_nothing():
 
 def test_pipelines_are_apart():
     rows, times = made(pipelines=("p", "q"))
-    both = summarise(rows, times, score="reward", margin=0.1, resamples=500)
-    one = summarise(*(frame[frame["pipeline"] == "q"] for frame in (rows, times)), score="reward", margin=0.1, resamples=500)
+    both = summarize(rows, times, score="reward", margin=0.1, resamples=500)
+    one = summarize(*(frame[frame["pipeline"] == "q"] for frame in (rows, times)), score="reward", margin=0.1, resamples=500)
     pd.testing.assert_frame_equal(both[both["pipeline"] == "q"].reset_index(drop=True), one)
 
 
@@ -132,7 +132,7 @@ def against(loss: float, prompts: int = 12, slower: float = 1.0, methods: int = 
         cost = {"denoising_seconds": cost, "seconds": cost, "round": 1, "comparable": True, "cache_bytes": None}
         times.append(row | cost | {"peak_memory": None})
     baselines = {"p": {"10": [f"seconds of {name}" for name in names], "7": [f"FLOPs of {names[0]}"]}}
-    return summarise(
+    return summarize(
         pd.DataFrame(rows), pd.DataFrame(times), score="reward", margin=0.1, resamples=500, baselines=baselines
     ).set_index("method")
 
@@ -169,7 +169,7 @@ def test_no_verdict_from_few_prompts_and_none_without_a_baseline():
 
 def test_a_method_that_no_fewer_steps_match_is_compared_with_full():
     rows, times = made()
-    table = summarise(rows, times, score="reward", margin=0.1, resamples=500, baselines={"p": {}}).set_index("method")
+    table = summarize(rows, times, score="reward", margin=0.1, resamples=500, baselines={"p": {}}).set_index("method")
     assert table.at["cache", "matched"] == "full" and table.at["cache", "matched_difference"] == table.at["cache", "difference"]
     means = rows.groupby(["method", "prompt"])["reward"].mean().unstack(0)
     assert table.at["cache", "matched_low"] == paired(means["cache"] - means["full"], resamples=500).low

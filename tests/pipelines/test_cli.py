@@ -135,7 +135,7 @@ def test_merging_alone_and_with_a_cache(make, tmp_path, pixart_path):
     merge = record["merge"]
     assert (merge["ratio"], merge["stride"], merge["rematch_every"]) == (0.25, [2, 1], [3, 2])
     assert merge["keep_queries"] and merge["merge_mlp"] and not merge["merge_cross_attention"]
-    assert "merged" in result.stdout and "cached" not in result.stdout
+    assert "seconds merged" in result.stdout and "seconds cached" not in result.stdout
     more = ("--method", "token-cache+token-merge", "--merge-cross-attention", "--interval", 2)
     assert make("tiger", *more, pipeline=pixart_path).exit_code == 0
     record = json.loads((tmp_path / "out/tiger-seed0.json").read_text())
@@ -276,7 +276,7 @@ def test_demo(run, tmp_path, flux_path, pixart_path):
     for _ in range(2):
         result = run("demo", "--pipeline", flux_path, "--pipeline", pixart_path, *arguments)
         assert result.exit_code == 0, result.stderr
-    for text in ("pipeline", "prompt", "seconds full", "seconds cached", "speed-up", "PSNR", "picture"):
+    for text in ("pipeline", "prompt", "seconds uncached", "seconds cached", "speed-up", "PSNR", "picture"):
         assert text in result.stdout
     assert result.stdout.lower().count("red apple") == 4 and result.stdout.count("-compare.png") == 4
     record = json.loads((tmp_path / "demo/tiny-pixart/red-apple-seed0-2.json").read_text())

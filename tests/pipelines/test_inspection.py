@@ -59,10 +59,10 @@ def test_nothing_recorded_raises(tiny_flux):
 
 
 def test_overlay_goes_from_dark_blue_to_yellow():
-    grey = Image.new("RGB", (8, 8), "black")
-    colours = np.asarray(inspection.overlay(grey, np.array([[0.0, 0.5]]), most=0.5)).astype(float)
-    assert colours[0, 0] == pytest.approx(inspection.COLOURS[0] * inspection.STRENGTH, abs=1)
-    assert colours[0, -1] == pytest.approx(inspection.COLOURS[-1] * inspection.STRENGTH, abs=1)
+    gray = Image.new("RGB", (8, 8), "black")
+    colors = np.asarray(inspection.overlay(gray, np.array([[0.0, 0.5]]), most=0.5)).astype(float)
+    assert colors[0, 0] == pytest.approx(inspection.COLORS[0] * inspection.STRENGTH, abs=1)
+    assert colors[0, -1] == pytest.approx(inspection.COLORS[-1] * inspection.STRENGTH, abs=1)
 
 
 @pytest.mark.parametrize("family", ["flux", "pixart"])
