@@ -18,7 +18,7 @@ import torch
 from diffusers.hooks import ModelHook
 
 from dit_accel import hook
-from dit_accel.families.rows import Family
+from dit_accel.families.rows import Family, Stack
 from dit_accel.steps import Block, Full, Index, Memory, Partial
 
 HOOK = "dit_accel_packed"
@@ -101,12 +101,17 @@ class Packed:
             self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             self._undo.append(module.register_forward_hook(functools.partial(self._after, block)).remove)
             for name, part in parts(module, block.stack.mixers + block.stack.idle):
-                self._undo.append(functools.partial(hook.unregister, part, HOOK))
-                hook.register(part, _Part(self, block, name), HOOK)
+                self._carry_out(part, block, name)
+        if rotary := self.family.rotary:
+            self._carry_out(getattr(self.transformer, rotary), Block(-1, Stack("", (), idle=(rotary,)), ()), rotary)
         head = self.transformer.get_submodule(self.family.head)
         for module in head.values() if isinstance(head, torch.nn.ModuleDict) else (head,):
             self._undo.append(module.register_forward_hook(self._head).remove)
         self._renew()
+
+    def _carry_out(self, part: Any, block: Block, name: str) -> None:
+        self._undo.append(functools.partial(hook.unregister, part, HOOK))
+        hook.register(part, _Part(self, block, name), HOOK)
 
     def detach(self) -> None:
         """The inverse of `attach`."""

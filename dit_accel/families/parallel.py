@@ -29,7 +29,7 @@ def hunyuan_grid(config: Any, given: Given) -> Grid:
 
 FAMILIES = (
     *(
-        Family(name, (double, single), ids_grid("img_ids"))
+        Family(name, (double, single), ids_grid("img_ids"), rotary="pos_embed")
         for name in ("FluxTransformer2DModel", "OvisImageTransformer2DModel", "LongCatImageTransformer2DModel")
     ),
     Family(
@@ -41,11 +41,13 @@ FAMILIES = (
             ),
         ),
         ids_grid("img_ids"),
+        rotary="pos_embed",
     ),
     Family(
         "HunyuanVideoTransformer3DModel",
         (dataclasses.replace(double, positions=("freqs_cis",), **video), dataclasses.replace(single, **video)),
         hunyuan_grid,
+        rotary="rope",
         least_text=1,
     ),
 )

@@ -56,6 +56,7 @@ class Family:
     tokens: Callable[[Any, Given], int] | None = None  # how many are not text, if neither the rows of the latents nor a full grid
     head: str = "proj_out"  # the last module that treats one token at a time: the output is made of its rows
     latents: str = "hidden_states"  # argument of the forward
+    rotary: str = ""  # submodule that makes rotary tables, which nobody looks at while attention is reused
     text: str = "encoder_hidden_states"  # argument that tells guidance branches apart
     timestep: str = "timestep"  # argument of the forward
     batched_guidance: tuple[str, ...] = ()  # order of the halves in the batch; empty: one call for each

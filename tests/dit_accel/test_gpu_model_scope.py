@@ -193,7 +193,7 @@ def kernels(model: Any, inputs: Any, config: OutputCacheConfig | TokenCacheConfi
 
 
 @pytest.mark.parametrize(
-    "kind, double, single, most", [("packed, attention reused", 19, 14, 95), ("packed, fresh attention", 86, 43, 120)]
+    "kind, double, single, most", [("packed, attention reused", 19, 14, 50), ("packed, fresh attention", 86, 43, 120)]
 )
 def test_kernels_of_a_packed_step_of_flux(kind: str, double: int, single: int, most: int) -> None:
     """By block, and around the blocks; the 19 double and 38 single blocks of FLUX.1-dev make it about a thousand."""
@@ -257,7 +257,7 @@ def addresses(pipe: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
     what: dict[Any, Any] = {}
     for number, branch in applied_to(pipe).branches.items():
         kept = {"outputs": branch.outputs, "differences": branch.differences, "rows": branch.tokens.outputs}
-        kept |= branch.tokens.features
+        kept |= {key: value for key, value in branch.tokens.features.items() if key[0] != -1}  # but positions, always the same
         for key, values in kept.items():
             leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.numel()]
             where[number, key] = sorted(leaf.data_ptr() for leaf in leaves)
