@@ -1,7 +1,7 @@
-"""Attention of the selected tokens alone, computed by the stock code: fresh queries against the kept keys and values of all tokens.
+"""Attention as the stock code computes it: seen on its way, or of the selected tokens alone against all kept keys and values.
 
 PyTorch's scaled_dot_product_attention is where all of diffusers' own processors meet: there, after QK-norm and rotary embedding,
-the keys and values of the selected tokens refresh those that are kept.
+selectors look at it, and the keys and values of the selected tokens refresh those that are kept.
 """
 
 from collections.abc import Callable
@@ -11,16 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from dit_accel.config import TokenCacheConfig
+from dit_accel.importance import attention_from_a_sample, norms
 from dit_accel.store import put, take
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of scaled_dot_product_attention
+STALE = "set attention='reuse'"
+UNSEEN = "choose a selector that looks at no attention, such as random"
 Given = dict[str, Any]
 
 
 class Attention(TorchFunctionMode):
     """Looks at the arguments of the first attention inside, and may change them; RuntimeError at the end if there was none."""
 
-    def __init__(self, name: str, look: Callable[[Given], None], otherwise: str = "set attention='reuse'") -> None:
+    def __init__(self, name: str, look: Callable[[Given], None], otherwise: str = STALE) -> None:
         super().__init__()
         self.name, self.look, self.otherwise, self.done = name, look, otherwise, False
 
@@ -40,6 +44,14 @@ class Attention(TorchFunctionMode):
                 f"{self.name} does not compute attention by PyTorch's scaled_dot_product_attention: call "
                 f"transformer.set_attention_backend('native'), or {self.otherwise}."
             )
+
+
+def observed(given: Given, name: str) -> torch.Tensor:
+    """What a selector needs, by the names of `which.OBSERVATIONS`, [B, S]; keys are those behind QK-norm and rotary embedding."""
+    query, key, value = (given[part].transpose(1, 2) for part in ("query", "key", "value"))
+    if name == "attention":
+        return attention_from_a_sample(query, key, TokenCacheConfig.query_share)
+    return norms(key if name == "key_norms" else value)
 
 
 def remembered(given: Given) -> tuple[Any, ...]:

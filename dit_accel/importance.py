@@ -24,12 +24,23 @@ def sample(tokens: int, stride: int, device: torch.device) -> torch.Tensor:
     return (number * stride + number * 40503 % 65536 * stride // 65536).clamp(max=tokens - 1)
 
 
+def norms(heads: torch.Tensor) -> torch.Tensor:
+    """L2 norms of keys or values [B, N, H, D], mean over heads, [B, N] in float32."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(heads, dim=-1, dtype=torch.float32)
+    return lengths.mean(dim=-1)
+
+
+def attention_from_a_sample(query: torch.Tensor, key: torch.Tensor, share: float) -> torch.Tensor:
+    """`attention_received` from a share of the queries [B, N, H, D]."""
+    return attention_received(query[:, sample(query.shape[1], query_stride(query.shape[1], share), query.device)], key)
+
+
 def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Column means of softmax(Q K^T / sqrt(D)) over queries and heads, without the map, of which rows exist in the type of Q and K.
 
     Args:
         query: [B, M, H, D], all queries or a sample of them.
-        key: [B, N, H, D].
+        key: [B, N, H, D], or with one head for several of the queries'.
 
     Returns:
         [B, N] in float32; a row sums to 1.
@@ -62,6 +73,7 @@ def attention_entropy(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
 
 def _rows_of_the_map(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
     """[B, H, n, N] each, as many queries as may exist at once."""
+    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2) if query.shape[2] > key.shape[2] else key
     query, key = query.transpose(1, 2) * query.shape[-1] ** -0.5, key.permute(0, 2, 3, 1)  # [B, H, M, D], [B, H, D, N]
     for part in query.split(at_once(CHUNK, query.device), dim=2):
         scores = part @ key

@@ -27,7 +27,7 @@ from dit_accel.tokens import Selection
 from dit_accel.when import Mode, Progress
 
 UNCONDITIONAL = ("uncond", "pred_uncond", "neg")  # how the names of such branches begin
-OBSERVED = frozenset({"last_tokens"})
+OBSERVED = frozenset({"last_tokens", "attention", "key_norms", "value_norms"})
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Branch:
     spec: TreeSpec | None = None  # the nest of an output's leaves
 
     def kept(self) -> Any:
-        return self.outputs, self.differences, self.latest, self.tokens.outputs, self.tokens.features
+        return self.outputs, self.differences, self.latest, self.tokens.outputs, self.tokens.features, self.tokens.observed
 
 
 class ModelScope(Engine):
@@ -66,7 +66,7 @@ class ModelScope(Engine):
                     f"The selector {config.selector!r} needs {', '.join(missing)}, not observed at model scope; choose one of "
                     f"{fitting}."
                 )
-            self.packed = Packed(transformer, family, config.attention)
+            self.packed = Packed(transformer, family, config.attention, which.get(config.selector).needs - {"last_tokens"})
 
     def attach(self) -> None:
         if self.packed is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 
-from dit_accel import hook
+from dit_accel import fresh, hook
 from dit_accel.families.rows import Family, Stack
 from dit_accel.steps import Block, Full, Index, Memory, Partial
 
@@ -58,14 +58,18 @@ class _During(contextlib.AbstractContextManager[None]):
 
 
 class Packed:
-    """Packed steps of a transformer of this family, whose attention is "reuse"d or "fresh"; ValueError if it cannot be."""
+    """Packed steps of a transformer of this family, whose attention is "reuse"d or "fresh"; ValueError if it cannot be.
 
-    def __init__(self, transformer: Any, family: Family, attention: str = "reuse") -> None:
+    `needs` are what is observed of attention on full steps for the selector: attention, key_norms, value_norms.
+    """
+
+    def __init__(self, transformer: Any, family: Family, attention: str = "reuse", needs: frozenset[str] = frozenset()) -> None:
         if attention not in ("reuse", "fresh"):
             raise ValueError(f"attention must be 'reuse' or 'fresh', not {attention!r}.")
-        if attention == "fresh" and family.stale_only:
-            raise ValueError(f"{family.transformer} cannot compute attention afresh: {family.stale_only}; set attention='reuse'.")
-        self.transformer, self.family, self.attention = transformer, family, attention
+        if family.stale_only and (attention == "fresh" or needs):
+            what, otherwise = ("computed afresh", fresh.STALE) if attention == "fresh" else ("looked at", fresh.UNSEEN)
+            raise ValueError(f"Attention of {family.transformer} cannot be {what}: {family.stale_only}; {otherwise}.")
+        self.transformer, self.family, self.attention, self.needs = transformer, family, attention, needs
         self.call: Full | Partial | None = None
         self.last = sum(len(getattr(transformer, stack.blocks)) for stack in family.stacks) - 1
         self._undo: list[Any] = []
@@ -82,7 +86,7 @@ class Packed:
             pictures: how many of the batch partial steps will go on with, the last ones; 0 for all.
         """
         memory.begin(tokens, pictures)
-        return _During(self, Full(self.family, self.attention, memory, time, most))
+        return _During(self, Full(self.family, self.attention, self.needs, memory, time, most))
 
     def partial(self, memory: Memory, index: Index, weights: Sequence[float]) -> contextlib.AbstractContextManager[None]:
         """Inside, the transformer's call computes the selected tokens; nothing is read from the device.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ class Memory:
     times: list[float] = field(default_factory=list)  # of the full steps remembered, newest first
     outputs: list[list[Any]] = field(default_factory=list)  # the head's rows at these, each [B, N, C]
     features: dict[Any, tuple[Any, ...]] = field(default_factory=dict)  # by mixer, or "entered" the first block
+    observed: dict[str, torch.Tensor] = field(default_factory=dict)  # for the selector, [B, N], mean over the mixers
     inference: bool = False
 
     def keep(self, key: Any, *values: torch.Tensor | None) -> None:
@@ -56,12 +58,15 @@ class Block:
 class Full:
     """A full step: the stock forward, remembered."""
 
-    def __init__(self, family: Family, attention: str, memory: Memory, time: float, most: int) -> None:
-        self.family, self.attention, self.memory, self.time, self.most = family, attention, memory, time, most
+    def __init__(self, family: Family, attention: str, needs: frozenset[str], memory: Memory, time: float, most: int) -> None:
+        self.family, self.fresh, self.needs, self.memory = family, attention == "fresh", needs, memory
+        self.time, self.most = time, most
         self.rows: Any = None  # of the head
+        self.seen: dict[str, list[torch.Tensor]] = {name: [] for name in needs}  # mixer by mixer
 
     def end(self) -> None:
         """Remember the output; outside of any compiled graph, which would hold for this one time alone."""
+        self.memory.observed = {name: torch.stack(seen).mean(dim=0) for name, seen in self.seen.items()}
         if self.rows is not None:
             store.push(self.memory.outputs, self.memory.times, self.time, [self.rows[-self.memory.pictures :]], self.most)
 
@@ -73,18 +78,30 @@ class Full:
             tokens, count = given[block.stack.tokens], self.memory.tokens
             if tokens.shape[1] < count or (tokens.shape[1] > count and not block.stack.joint):
                 raise ValueError(f"{tokens.shape[1]} tokens entered {self.family.transformer}'s blocks; {count} were announced.")
-            self.memory.keep("entered", tokens[:, :count] if block.stack.text_last else tokens[:, -count:])
+            self.memory.keep("entered", self._image(tokens, block.stack.text_last))
+
+    def _image(self, sequence: torch.Tensor, text_last: bool) -> torch.Tensor:
+        """What is not text of [B, S, ...]."""
+        return sequence[:, : self.memory.tokens] if text_last else sequence[:, -self.memory.tokens :]
 
     def after(self, block: Block, output: Any) -> None:
         """The output stays as it is."""
 
     def mix(self, hook: Any, mixer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.attention == "fresh":
-            with fresh.Attention(hook.name, lambda given: self.memory.keep(hook.key, *fresh.remembered(given))):
-                return forward(*args, **kwargs)
-        fused = hook.stack.fused
-        output, kept = (forward(*args, **kwargs),) * 2 if fused is None else fused(mixer, forward, args, kwargs, None)
-        self.memory.keep(hook.key, *_listed(kept))
+        def look(given: fresh.Given) -> None:
+            if self.fresh:
+                self.memory.keep(hook.key, *fresh.remembered(given))
+            for name, seen in self.seen.items():
+                seen.append(self._image(fresh.observed(given, name), hook.stack.text_last)[-self.memory.pictures :])
+
+        looking = self.fresh or self.needs
+        with fresh.Attention(hook.name, look, fresh.UNSEEN if self.needs else fresh.STALE) if looking else nullcontext():
+            if hook.stack.fused is None or self.fresh:
+                output = kept = forward(*args, **kwargs)
+            else:
+                output, kept = hook.stack.fused(mixer, forward, args, kwargs, None)
+        if not self.fresh:
+            self.memory.keep(hook.key, *_listed(kept))
         return output
 
     def idle(self, hook: Any, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

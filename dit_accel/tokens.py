@@ -24,6 +24,7 @@ class Selection:
         entered: Any = memory.features["entered"][0]
         self.device = entered.device  # where tokens are; a blind selector works on the host
         rows, where = len(entered) if site.selector.per_picture else 1, "cpu" if site.selector.blind else self.device
+        site.memory.observed = dict(memory.observed)
         site.count, site.memory.ages = count, torch.zeros(rows, tokens, device=where)
         if "last_tokens" in site.selector.needs:
             site.memory.observed["last_tokens"] = entered.clone()

@@ -12,7 +12,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from dit_accel import fresh, store
-from dit_accel.importance import attention_entropy, attention_received, query_stride, sample
+from dit_accel.importance import attention_entropy, attention_from_a_sample, norms
 from dit_accel.merge_site import MergeSite
 from dit_accel.sites import Cached, Site
 from dit_accel.when import Mode
@@ -96,10 +96,9 @@ class TokenAttnProcessor:
             if crossing:
                 maps.append(attention_entropy(query, key, given.get("attn_mask"), self.scored[0].now.halves))
             else:
-                asked = sample(query.shape[1], query_stride(query.shape[1], self.scored[0].config.query_share), query.device)
-                maps.append(attention_received(query[:, asked], key))
+                maps.append(attention_from_a_sample(query, key, self.scored[0].config.query_share))
 
-        with fresh.Attention(type(self.inner).__name__, look, "choose a selector that looks at no attention, such as random"):
+        with fresh.Attention(type(self.inner).__name__, look, fresh.UNSEEN):
             return self.inner(attn, *args, **kwargs)
 
     def _attend(
@@ -263,5 +262,5 @@ def key_and_value_observations(project: Callable[[int], torch.Tensor], needs: fr
             if f"{name}s" in needs:
                 seen[f"{name}s"] = heads.contiguous()  # of fused projections, this part only
             if f"{name}_norms" in needs:
-                seen[f"{name}_norms"] = heads.float().norm(dim=-1).mean(dim=-1)
+                seen[f"{name}_norms"] = norms(heads)
     return seen

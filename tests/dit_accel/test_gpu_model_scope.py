@@ -38,13 +38,14 @@ CONFIGS = {
     "packed, attention reused": dict(interval=3, compute_ratio=0.3),
     "packed, fresh attention": dict(interval=3, compute_ratio=0.3, attention="fresh"),
     "packed, drift": dict(interval=3, compute_ratio=0.3, selector="drift"),
+    "packed, attention seen": dict(interval=3, compute_ratio=0.3, selector="attention"),
 }
 CASES = [
     *(("forecast", name) for name in ("flux", "flux-true-guidance", "pixart", "qwen", "wan", "cogvideox", "z-image")),
     *(("guidance", name) for name in ("flux-true-guidance", "qwen", "wan", "pixart", "sd3", "ltx")),
     *(
         (f"packed, {how}", name)
-        for how in ("attention reused", "fresh attention", "drift")
+        for how in ("attention reused", "fresh attention", "drift", "attention seen")
         for name in ("flux", "pixart", "sd3", "wan")
     ),
 ]
@@ -320,6 +321,7 @@ def test_random_tokens_are_those_of_the_seed_whatever_the_step_before() -> None:
         ("guidance", "qwen", 3),  # full steps, two forecasts
         ("packed, attention reused", "pixart", 3),  # the first full step, the others, partial steps
         pytest.param("packed, drift", "pixart", 3, marks=pytest.mark.slow),
+        pytest.param("packed, attention seen", "flux", 3, marks=pytest.mark.slow),
         pytest.param("packed, fresh attention", "pixart", 3, marks=pytest.mark.slow),
         pytest.param("packed, attention reused", "flux", 3, marks=pytest.mark.slow),
     ],

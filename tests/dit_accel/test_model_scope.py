@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import threading
 import warnings
@@ -255,6 +256,33 @@ def test_guidance_on_its_own_steps_where_tokens_are_computed(name):
     expected = call()
     assert_close(ours, expected)
     assert (some - expected).norm() > 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart", "wan", "flux2"])
+@pytest.mark.parametrize("selector", ["attention", "k-norm", "v-norm"])
+def test_selectors_that_look_at_attention(name, selector):
+    """All of which is counted; other selectors compute other tokens."""
+    pipe, call = made(name)
+    config = OutputCacheConfig(interval=3, compute_ratio=0.3, selector=selector)
+    ours = call_with(pipe, call, config)
+    assert (ours - call_with(pipe, call, dataclasses.replace(config, selector="random"))).norm() > 1e-4 * ours.norm()
+    dit_accel.apply(pipe, config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        assert_close(call(), ours)
+    report = dit_accel.report(pipe)
+    assert sum(report.flops) == counter.get_total_flops() and report.partial_steps
+
+
+def test_selectors_that_need_more_are_refused(tiny_flux):
+    with pytest.raises(
+        ValueError, match="'cross-entropy' needs entropy, not observed at model scope; choose one of random, attention"
+    ):
+        dit_accel.apply(tiny_flux(), OutputCacheConfig(compute_ratio=0.3, selector="cross-entropy"))
+    mochi, _ = made("mochi")
+    with pytest.raises(
+        ValueError, match="Attention of Mochi.* cannot be looked at: .* choose a selector that looks at no attention"
+    ):
+        dit_accel.apply(mochi, OutputCacheConfig(compute_ratio=0.3, selector="attention"))
 
 
 @pytest.mark.parametrize("prefix", ["", "pred_"])
@@ -564,7 +592,7 @@ def test_two_threads_in_one_transformer_are_told():
     "settings, message",
     [
         (dict(full_steps=()), r"full_steps must be a list of one or more whole numbers of at least 0 or None, not \(\)"),
-        (dict(full_steps=(3, 2)), r"full_steps must be numbers of steps, from 0 and rising, not \(3, 2\)"),
+        (dict(full_steps=(3, 2)), r"full_steps must be numbers of steps, counted from 0 and ascending, not \(3, 2\)"),
         (dict(full_steps=4), "full_steps must be a list of one or more whole numbers of at least 0 or None, not 4"),
         (dict(guidance_steps=0), "guidance_steps must be a whole number of at least 1, not 0"),
         (dict(guidance_steps=(1, 1)), "guidance_steps must be numbers of steps"),

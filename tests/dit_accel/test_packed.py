@@ -12,14 +12,17 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch._dynamo.testing import CompileCounter
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_accel import OutputCacheConfig
 from dit_accel.families.rows import Family, Stack
 from dit_accel.families.table import lookup
-from dit_accel.packed import Packed
+from dit_accel.packed import Packed, blocks_of, parts
 from dit_accel.steps import Memory
 from dit_accel.subset import subset_check
-from tests.dit_accel import tiny
+from dit_accel.tokens import Selection
+from tests.dit_accel import reference, tiny
 
 ATTENTION = ("reuse", "fresh")
 STALE_ONLY = {"mochi"}
@@ -97,6 +100,52 @@ def test_selected_rows_are_stock_and_the_others_the_forecast(name: str, attentio
     selected[torch.arange(tiny.BATCH)[:, None], index] = True
     assert close(found[selected], newest[selected])
     assert torch.equal(found[~selected], (newest * 1.5 + older * -0.5)[~selected])
+
+
+NEEDS = frozenset({"attention", "key_norms", "value_norms"})
+
+
+class Heard(TorchFunctionMode):
+    """Queries, keys and values [B, N, H, D] of the first attention in every mixer, and where the text lies there."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self.found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]] = []
+        self.stack: Any = None
+        for block, module in blocks_of(bench.model, bench.family):
+            for _, mixer in parts(module, block.stack.mixers):
+                mixer.register_forward_pre_hook(lambda *_, stack=block.stack: setattr(self, "stack", stack))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention and self.stack is not None:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            query, key, value = (given[part].transpose(1, 2) for part in ("query", "key", "value"))
+            self.found.append((query, key.repeat_interleave(query.shape[2] // key.shape[2], dim=2), value, self.stack.text_last))
+            self.stack = None
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("name", [name for name in tiny.TRANSFORMERS if name not in STALE_ONLY])
+def test_what_selectors_ask_of_attention_is_the_mean_over_all_mixers(name: str, attention: str) -> None:
+    bench = Bench(name, attach=False)
+    with Heard(bench) as heard:
+        stock = bench.stock(0.7)
+    bench.packed, memory = Packed(bench.model, bench.family, attention, NEEDS), Memory()
+    bench.packed.attach()
+    assert torch.equal(bench.full(memory, 0.7), stock)
+    for need, score in (
+        ("attention", lambda query, key, value: reference.softmax_map(query, key).mean(dim=(1, 2))),
+        ("key_norms", lambda query, key, value: reference.norms(key)),
+        ("value_norms", lambda query, key, value: reference.norms(value)),
+    ):
+        rows = [(score(*given), text_last) for *given, text_last in heard.found]
+        images = [seen[:, : bench.tokens] if last else seen[:, -bench.tokens :] for seen, last in rows]
+        assert close(memory.observed[need], torch.stack(images).mean(0)), need
+    config = OutputCacheConfig(compute_ratio=0.2, selector="attention", attention=attention)
+    index = Selection(config, bench.tokens, 5, (1, bench.tokens), memory).at(1)(memory.features["entered"][0])
+    assert torch.equal(index, memory.observed["attention"].topk(5).indices.sort().values)
+    bench.partial(memory, 0.5, index)
 
 
 @pytest.mark.parametrize("name", tiny.TRANSFORMERS)
@@ -413,7 +462,7 @@ def test_the_subset_check_refuses_blocks_that_count_on_a_tokens_place() -> None:
 
 def test_what_cannot_be_served_says_so() -> None:
     bench = Bench("mochi", attach=False)
-    with pytest.raises(ValueError, match="Mochi.* cannot compute attention afresh"):
+    with pytest.raises(ValueError, match="Mochi.* cannot be computed afresh"):
         Packed(bench.model, bench.family, "fresh")
     with pytest.raises(ValueError, match="must be 'reuse' or 'fresh'"):
         Packed(bench.model, bench.family, "new")
