@@ -1,4 +1,4 @@
-"""What the user asks for: frozen, validated, and round-tripped through plain dicts."""
+"""What the user asks for: frozen, validated, and converted to plain dicts and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _device(name: str) -> None:
 
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
-SEED = "Seed of the selection's own random numbers; it does not touch the picture's noise."
+SEED = "Random seed for the selection; the initial noise has its own."
 SELECTOR = (
     "Score that chooses the tokens to compute: a name from `dit-accel selectors` or `dit_accel.selectors()`, or (in Python) a "
     "function `dit_accel.SelectionContext` -> scores."
@@ -59,20 +59,21 @@ class TokenCacheConfig(Options):
 
     *When* is everything computed: interval, interval_spread, warmup_steps; and how many tokens otherwise: cache_ratio,
     ratio_schedule, steps. *Which* tokens: selector, age_weight, spatial_bonus, spatial_tile, query_share, text_tokens,
-    share_guidance_selection, seed. *How* the rest are filled: fill, forecast_order, cache_dtype, cache_device.
+    share_guidance_selection, seed. *How* the rest are filled in: fill, forecast_order, cache_dtype, cache_device.
 
     Raises:
-        ValueError: for a value out of range or an unknown name, with the values that would do.
+        TypeError: for an option that does not exist, with the one that was probably meant.
+        ValueError: for a value out of range or an unknown name, with what is valid.
     """
 
-    interval: int = option(4, "A full step every N steps; 1 computes everything always.", 1)
+    interval: int = option(4, "One full step every N steps; 1 always computes everything.", 1)
     cache_ratio: float = option(
-        0.9, "Share of the tokens taken from the cache on a partial step: 0 caches nothing, at 1 no token is computed.", 0, 1
+        0.9, "Share of the tokens taken from the cache on a partial step: 0 caches nothing; at 1, no token is computed.", 0, 1
     )
     selector: str | Callable[..., Any] = option("random", SELECTOR, known=_selector)
-    warmup_steps: int = option(1, "Full steps at the start, at least 1.", 1)
+    warmup_steps: int = option(1, "Number of full steps at the start, at least 1.", 1)
     interval_spread: float = option(
-        0.0, "w, shrinks the interval along the run: round(N / (1 - w + 2 w s / S)) after full step s of S.", 0, 0.99
+        0.0, "w, by which the interval shrinks along the run: round(N / (1 - w + 2 w s / S)) after full step s of S.", 0, 0.99
     )
     ratio_schedule: str | when.RatioSchedule = option(
         "constant",
@@ -82,8 +83,8 @@ class TokenCacheConfig(Options):
     )
     steps: int | None = option(
         None,
-        "Number of steps of a run, for schedules that depend on it; only needed where the transformer is used without the "
-        "pipeline that `apply` was given.",
+        "Number of steps of a run, for schedules that depend on it; needed only where the transformer is called without the "
+        "pipeline given to `apply`.",
         1,
         flag="",
     )
@@ -93,32 +94,32 @@ class TokenCacheConfig(Options):
         "1 / sqrt(tokens), so that 0.25 lets age decide nearly alone; to compare selectors, use 0.",
         0,
     )
-    spatial_bonus: float = option(0.0, "The best token of every tile of the image has its score multiplied by 1 + this.", 0)
+    spatial_bonus: float = option(0.0, "Multiply the score of the best token of every image tile by 1 + this.", 0)
     spatial_tile: int = option(4, "Side of a tile, in tokens.", 1)
     query_share: float = option(
-        1 / 16, "Share of the queries asked which tokens receive attention, at least 256; 1 is exact.", 1e-6, 1
+        1 / 16, "Share of the queries that estimate which tokens receive attention, at least 256; 1 is exact.", 1e-6, 1
     )
     text_tokens: str = option(
         "select",
-        "Text tokens on a partial step (FLUX): select among them as among image tokens, or among image tokens alone (reuse). What "
-        "is computed of them never reaches the picture, so full is the same as reuse.",
+        "Text tokens on a partial step (FLUX): select treats them like image tokens, reuse selects among image tokens only. Text "
+        "computed on a partial step never reaches the picture, so full is the same as reuse.",
         choices=("select", "reuse", "full"),
     )
-    share_guidance_selection: bool = option(True, "Both halves of batched guidance compute the same tokens, by their mean score.")
+    share_guidance_selection: bool = option(
+        True, "Compute the same tokens in both halves of batched guidance, by their mean score."
+    )
     seed: int = option(0, SEED, 0, flag="selection_seed")
     fill: str = option(
         "reuse",
-        "reuse the cached feature, or forecast it by a Taylor expansion over the past full steps (TaylorSeer: Liu et al., ICCV "
-        "2025, arXiv 2503.06923).",
+        "How the other tokens get their features: reuse the cached ones, or forecast them by a Taylor expansion over past full "
+        "steps (TaylorSeer: Liu et al., ICCV 2025, arXiv 2503.06923).",
         choices=("reuse", "forecast"),
     )
-    forecast_order: int = option(1, "Order of the expansion, 0 to 3; every order keeps one more copy of the features.", 0, MOST)
+    forecast_order: int = option(1, "Order of the expansion, 0 to 3; each order keeps one more copy of the features.", 0, MOST)
     cache_dtype: str | None = option(
-        None, "Narrower type to keep features in, such as float8_e4m3fn; by default the model's.", choices=(None, *CACHE_DTYPES)
+        None, "Cache dtype, such as float8_e4m3fn; by default the model's.", choices=(None, *CACHE_DTYPES)
     )
-    cache_device: str | None = option(
-        None, "Device on which features are kept, such as cpu; by default the model's.", known=_device
-    )
+    cache_device: str | None = option(None, "Cache device, such as cpu; by default the model's.", known=_device)
     published_as = ""  # not an option: the preset that it was made from
 
     @classmethod
@@ -126,7 +127,7 @@ class TokenCacheConfig(Options):
         """Published settings by name, with any of them changed: "toca-flux", "toca-pixart", "fora", "taylorseer".
 
         Raises:
-            ValueError: for a name that is not known, with those that are.
+            ValueError: for an unknown name, with those that are known.
         """
         config = cls.from_dict({**look_up("preset", name, PRESETS), **changes})
         object.__setattr__(config, "published_as", name)
@@ -140,25 +141,26 @@ class TokenMergeConfig(Options):
     *When*: warmup_steps, rematch_every. *Which* tokens: ratio, stride, randomize, seed. *How*, and in which modules: the rest.
 
     Raises:
-        ValueError: for a value out of range, with the values that would do.
+        TypeError: for an option that does not exist, with the one that was probably meant.
+        ValueError: for a value out of range, with what is valid.
     """
 
     ratio: float = option(
         0.5,
-        "Share of the image tokens that are merged into others, at most 1 - 1 / (width x height of the stride).",
+        "Share of the image tokens merged into others, at most 1 - 1 / (width x height of the stride).",
         0,
         flag="merge_ratio",
     )
     stride: tuple[int, int] = option(
         (2, 2), "Width and height in tokens of the cells that keep one token each.", 1, flag="merge_stride"
     )
-    randomize: bool = option(True, "Merge into a random token of the cell rather than its top-left one.", flag="merge_randomize")
+    randomize: bool = option(True, "Merge into a random token of each cell rather than its top-left one.", flag="merge_randomize")
     merge_attention: bool = option(True, "Self-attention (the joint attention of FLUX) works on merged tokens.")
     merge_cross_attention: bool = option(False, "Cross-attention to the text works on merged tokens (PixArt).")
     merge_mlp: bool = option(
         False, "The feed-forward works on merged tokens (in FLUX's single blocks, with the output projection)."
     )
-    rematch_every: int | tuple[int, int] = option((2, 1), "Steps, and layers, that share one matching; one number means both.", 1)
+    rematch_every: int | tuple[int, int] = option((2, 1), "Steps, and layers, that share one matching; one number sets both.", 1)
     warmup_steps: int = option(0, "Steps at the start on which nothing is merged.", 0, flag="merge_warmup_steps")
     keep_queries: bool = option(
         False,
@@ -172,7 +174,7 @@ class TokenMergeConfig(Options):
         "which flash and sage attention do not take.",
         flag="merge_proportional",
     )
-    seed: int = option(0, "Seed of merging's own random numbers; it does not touch the picture's noise.", 0, flag="merge_seed")
+    seed: int = option(0, "Random seed for merging; the initial noise has its own.", 0, flag="merge_seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,20 +205,21 @@ class OutputCacheConfig(Options):
     compute_ratio, selector, attention, seed.
 
     Raises:
-        ValueError: for a value out of range or an unknown name, with the values that would do.
+        TypeError: for an option that does not exist, with the one that was probably meant.
+        ValueError: for a value out of range or an unknown name, with what is valid.
     """
 
     full_steps: tuple[int, ...] | None = option(
         None,
-        "Numbers of the steps that are computed in full, from 0, which always is one. After the last one no step is. Takes the "
-        "place of the interval.",
+        "Numbers of the full steps, counted from 0, which always is one; no step after the last one listed is full. Replaces the "
+        "interval.",
         0,
     )
-    interval: int = option(3, "A full step every N steps. With a tolerance, the longest interval allowed.", 1)
-    warmup_steps: int = option(1, "Full steps at the start, at least 1.", 1)
+    interval: int = option(3, "One full step every N steps. With a tolerance, the longest interval allowed.", 1)
+    warmup_steps: int = option(1, "Number of full steps at the start, at least 1.", 1)
     tolerance: float | None = option(
         None,
-        "Relative error (RMS) that a forecast may have. Every full step knows how far off its own forecast would have been; the "
+        "Relative error (RMS) allowed for a forecast. Every full step measures the error that its own forecast would have had; the "
         "next interval is the longest whose error, growing with the distance to the power of order + 1, stays below the "
         "tolerance. Reads one number from the device on every full step.",
         1e-12,
@@ -228,9 +231,9 @@ class OutputCacheConfig(Options):
     )
     guidance_steps: tuple[int, ...] | int | None = option(
         None,
-        "Of the full steps, those on which the unconditional branch of guidance is computed too: their numbers, or one number n "
-        "for every n-th full step; by default all. On the others it follows from the conditional branch and what the difference "
-        "of the two was.",
+        "Full steps on which the unconditional branch of guidance is computed too: their numbers, or one number n for every n-th "
+        "full step; by default all. On other steps it follows from the conditional branch and the remembered difference of the "
+        "two.",
         0,
     )
     how: str | how.Weights = option(
@@ -240,23 +243,21 @@ class OutputCacheConfig(Options):
     )
     order: int | tuple[int, ...] = option(
         1,
-        "How many full steps before the last one count: 0 repeats the last output, 1 continues a line. One number, or one for "
-        "every interval, of which the last one goes on.",
+        "Number of full steps before the last one that count: 0 repeats the last output, 1 extrapolates linearly. One number, or "
+        "one for every interval, the last of which stays in effect.",
         0,
         MOST,
     )
-    guidance_order: int = option(0, "The same as order, of the difference of the guidance branches.", 0, MOST)
+    guidance_order: int = option(0, "The same as order, for the difference of the guidance branches.", 0, MOST)
     damping: float | tuple[float, ...] = option(
-        1.0, "Share of the forecast; the rest repeats the last output. One, or one for every interval.", 0, 2
+        1.0, "Weight of the forecast; the rest repeats the last output. One number, or one for every interval.", 0, 2
     )
-    compute_ratio: float = option(
-        0.0, "Share of the image tokens that are computed between full steps, the same in all layers.", 0, 1
-    )
+    compute_ratio: float = option(0.0, "Share of the image tokens computed between full steps, the same in all layers.", 0, 1)
     selector: str | Callable[..., Any] = option("random", SELECTOR, known=_selector)
     attention: str = option(
         "reuse",
-        "Attention of the computed tokens: reuse that of the last full step, or fresh: computed against the keys and values of "
-        "the last full step, with their own renewed.",
+        "Attention of the computed tokens: reuse that of the last full step; or fresh, computed against the keys and values of the "
+        "last full step, with their own updated.",
         choices=("reuse", "fresh"),
     )
     seed: int = option(0, SEED, 0, flag="selection_seed")
@@ -265,7 +266,7 @@ class OutputCacheConfig(Options):
         super().__post_init__()
         for name in ("full_steps", "guidance_steps"):
             if isinstance(value := getattr(self, name), tuple) and list(value) != sorted(set(value)):
-                raise ValueError(f"{name} must be numbers of steps, from 0 and rising, not {value!r}.")
+                raise ValueError(f"{name} must be numbers of steps, counted from 0 and ascending, not {value!r}.")
         if self.guidance_steps == 0:
             raise ValueError("guidance_steps must be a whole number of at least 1, not 0; or numbers of steps.")
         if sum(value is not None for value in (self.full_steps, self.tolerance, self.when)) > 1:

@@ -1,6 +1,6 @@
-"""What configurations share: options with help texts and checks, round-tripped through plain dicts.
+"""What configurations share: options with help texts and checks, converted to plain dicts and JSON files and back.
 
-The command line and the docs are made from the fields, so every option is described once.
+The command line and the docs are made from the fields, so that every option is described once.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def option(default: Any, help: str, least: float = -math.inf, most: float = math
         help: what it does, for the class's docstring and for the command line.
         least, most: of a number, or of every number.
         flag: its name on the command line if that differs, "" if it has none.
-        more: `choices`, the only values allowed; or `known`, a function that raises ValueError for a name that will not do.
+        more: `choices`, the only values allowed; or `known`, a function that raises ValueError for an unknown name.
     """
     metadata = {"help": help, "least": least, "most": most, **more} | ({} if flag is None else {"flag": flag})
     return dataclasses.field(default=default, metadata=metadata)
@@ -44,7 +44,7 @@ def _plain(value: Any) -> Any:
 
 
 def _as(kind: Any, value: Any, least: float, most: float) -> Any:
-    """The value as one of this kind; ValueError with what would do if it is none."""
+    """The value as one of this kind; ValueError with what is valid if it is none."""
     ends = f"of at least {least}" if most == math.inf else f"between {least} and {most}"
     if typing.get_origin(kind) is tuple:
         inner, *others = typing.get_args(kind)

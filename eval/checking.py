@@ -1,4 +1,4 @@
-"""What can be known of an evaluation before anything is made: that it can run, and about how long it takes."""
+"""Checks of an evaluation before anything is made: that it can run, and roughly how long it takes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def resolve(spec: Spec, device: str | None = None) -> dict[str, str]:
 
 
 def check(spec: Spec) -> None:
-    """Raise what would fail later: an unknown pipeline or reward, a method that a pipeline's transformer cannot be given.
+    """Raise what would fail later: an unknown pipeline or reward, a method that a pipeline's transformer does not support.
 
     Methods are applied to the transformers without their weights.
 

@@ -1,4 +1,4 @@
-"""The `dit-accel-eval` command: measure quality against speed, and see what came out."""
+"""The `dit-accel-eval` command: measure quality against speed, and report it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(
     offload: Annotated[str | None, typer.Option(help="none, model, group or sequential.", rich_help_panel=MACHINE)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.", rich_help_panel=MACHINE)] = False,
 ) -> None:
-    r"""Make, score, compare and time the pictures of every method. Interrupted at any moment, the same command goes on.
+    r"""Make, score, compare and time the pictures of every method. Interrupted at any moment, the same command resumes the run.
 
     Uncached runs, runs with fewer steps and a cache that caches nothing are added automatically. On several GPUs or machines, put
     [bold]accelerate launch -m dit_accel.eval[/] in place of dit-accel-eval.
@@ -123,7 +123,7 @@ def like_run(command: Callable[..., None]) -> Callable[..., None]:
 @app.command("check")
 @like_run
 def check_command(**given: Any) -> None:
-    """Say what `run` would do with the same arguments, and about how long it takes. Nothing is written.
+    """Show what `run` would do with the same arguments, and roughly how long it takes. Nothing is written.
 
     Every method is tried on the pipeline's transformer without weights, and two denoising steps are timed.
 
@@ -176,7 +176,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="Folder of the report.", show_default="RUN/report")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
-    """Write one HTML page about a run that needs nothing but itself, and its figures as PNG and CSV.
+    """Write one self-contained HTML page about a run, and its figures as PNG and CSV.
 
     Quality against measured seconds, seconds against FLOPs, differences prompt by prompt, the worst and the best pictures beside
     their uncached baselines, selection maps, and the protocol. Of an unfinished run, the report shows what is there.

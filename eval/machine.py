@@ -21,7 +21,7 @@ from dit_accel.pipelines.pictures import write_atomically
 
 
 class InUse(ValueError):
-    """Another process is at work in the folder."""
+    """Another process is working in the folder."""
 
 
 @contextmanager

@@ -180,7 +180,7 @@ def count(amount: int, thing: str) -> str:
 
 
 def doubts(table: pd.DataFrame, unfinished: str, unreadable: Sequence[str] = (), machines: Sequence[str] = ()) -> list[str]:
-    """What a reader must know before believing the table.
+    """Caveats of the table.
 
     Args:
         unfinished: how far the run is, or nothing.

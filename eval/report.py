@@ -1,4 +1,4 @@
-"""`dit-accel-eval report`: one page that needs nothing but itself, and its figures as PNG and CSV."""
+"""`dit-accel-eval report`: one self-contained page, and its figures as PNG and CSV."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TIMED = [
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left behind. `unfinished` says how far it is, or nothing."""
+    """The files of a run. `unfinished` says how far it is, or nothing."""
 
     folder: RunFolder
     spec: dict[str, Any]

@@ -280,7 +280,7 @@ def compare(
 
 
 def pareto(cost: ArrayLike, quality: ArrayLike) -> NDArray[np.bool_]:
-    """Which points no other one beats: beaten is what another matches in cost and quality and surpasses in one of them.
+    """Which points no other one dominates: matches in cost and quality and surpasses in one of them.
 
     Points that are equal do not beat each other.
 

@@ -1,4 +1,4 @@
-"""What came out of a run: one row a method, quality with intervals beside measured seconds."""
+"""The results of a run: one row a method, quality with intervals beside measured seconds."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ PROBES = 2  # rounds from which the fewer steps are found that match a method; t
 
 
 class Watcher:
-    """Who is told how far a run is; the command line draws a bar."""
+    """Observes the progress of a run; the command line draws a bar."""
 
     def stage(self, name: str, total: int, done: int = 0) -> None: ...
 

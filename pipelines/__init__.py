@@ -1,1 +1,1 @@
-"""Whole pipelines: what there is, how to load it, how to make pictures with it, and the `dit-accel` command."""
+"""Whole pipelines: the catalog, loading, generation, and the `dit-accel` command."""

@@ -1,4 +1,4 @@
-"""What an option is told that would do nothing, and a setting that is probably not meant: an error and a warning."""
+"""Options that would do nothing are errors; settings that are probably not meant get a warning."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def settings_for(pipe: Any, name_or_path: str, **given: Any) -> Settings:
 
 
 def call_arguments(pipe: Any, settings: Settings, on_step: OnStep) -> dict[str, Any]:
-    """Settings in the words of the pipeline's `__call__`."""
+    """Settings as arguments of the pipeline's `__call__`."""
     arguments: dict[str, Any] = dict(
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance,

@@ -1,4 +1,4 @@
-"""What one command does once its options are understood: make the pictures, save them, and tabulate them."""
+"""The work of one command, its options parsed: make the pictures, save them, and list them in a table."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Job:
         self.log.print(f"{escape(str(path))}: {', '.join(words)}", soft_wrap=True, highlight=False)
 
     def record(self, picture: Picture, config: Config | list[Config] | None) -> dict[str, Any]:
-        """All that is needed to make the picture again, and what making it took."""
+        """All that is needed to make the picture again, and what it cost."""
         settings = asdict(self.settings)
         del settings["seed"], settings["num_images"]  # the picture's own seed takes their place
         parameter = next(self.pipe.transformer.parameters())

@@ -69,7 +69,7 @@ def load(name_or_path: str, dtype: str = "auto", device: str = "auto", offload: 
 
 
 def understand(dtype: str, device: str, offload: str) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that these options stand for on this machine; ValueError if they cannot be had."""
+    """The device and dtype that these options mean on this machine; ValueError if they are not available."""
     place = pick_device(device)
     if offload not in OFFLOAD:
         raise ValueError(f"offload is {offload!r}; choose one of {', '.join(OFFLOAD)}.")
@@ -162,6 +162,6 @@ def explained(source: str) -> Iterator[None]:
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first line of an error, without line breaks, ending in a full stop."""
+    """The first line of an error, without line breaks, ending in a period."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".: ") + "."

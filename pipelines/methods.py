@@ -29,7 +29,7 @@ def method_of(config: Config | Sequence[Config] | None) -> str:
 
 
 def describe(config: Config | Sequence[Config] | None) -> str:
-    """In a few letters, for a picture's caption."""
+    """A short description, for a picture's caption."""
     words = []
     for part in parts(config).values():
         if isinstance(part, TokenCacheConfig):

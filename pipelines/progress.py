@@ -1,4 +1,4 @@
-"""What is shown while something takes its time: a bar on a terminal, elsewhere a line a minute."""
+"""Progress: a bar on a terminal, elsewhere a line a minute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pipeline's tokenizer would drop of a prompt without a word."""
+"""Parts of a prompt that a pipeline's tokenizer would silently drop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the commands talk: tables, errors as one sentence, and nothing from the libraries."""
+"""Output of the commands: tables, errors as one sentence, and nothing from the libraries."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def spelled(message: str, flags: Mapping[str, str]) -> str:
 
 
 def quiet() -> None:
-    """Keep the libraries from talking: what matters is reported in the command's own words, and warnings as sentences."""
+    """Silence the libraries: what matters is reported in the command's own words, and warnings as sentences."""
     import warnings
 
     import diffusers

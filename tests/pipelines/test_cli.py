@@ -181,7 +181,7 @@ def test_unknown_words_and_cut_prompts_are_reported(make):
         (("red", *OUTPUT, "--full-steps", "0,x"), "'--full-steps': '0,x' is not a list of whole numbers, as in 0,1,2,5,9."),
         (("red", *OUTPUT, "--order", "1.5"), "'--order': '1.5' is not a list of whole numbers"),
         (("red", *OUTPUT, "--damping", ""), "'--damping': '' is not a list of numbers, as in 1,0.5."),
-        (("red", *OUTPUT, "--full-steps", "3,1"), "--full-steps must be numbers of steps, from 0 and rising"),
+        (("red", *OUTPUT, "--full-steps", "3,1"), "--full-steps must be numbers of steps, counted from 0 and ascending"),
         (("red", *OUTPUT, "--full-steps", "0,1", "--tolerance", 0.1), "give one of them"),
         (("red", *OUTPUT, "--attention", "new"), "--attention must be one of reuse, fresh"),
         (("red", *OUTPUT, "--when", "mine"), "There is no rule 'mine'"),
@@ -489,6 +489,23 @@ def test_lists(run):
     assert all(name in result.stdout and about in result.stdout for name, about in dit_accel.selectors().items())
     listed = {row["name"]: row["chooses"] for row in json.loads(run("selectors", "--json").stdout)}
     assert listed == dit_accel.selectors()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "words", "wanted"),
+    [
+        ("pipelines", "dit-accel", "", {"generate", "inspect", "selectors"}),
+        ("pipelines", "dit-accel", "generate --se", {"--seed", "--selector"}),
+        ("eval", "dit-accel-eval", "", {"run", "check", "report"}),
+        ("eval", "dit-accel-eval", "run --timing", {"--timing-rounds"}),
+    ],
+)
+def test_a_shell_completes_commands_and_options(module, name, words, wanted):
+    """As bash asks after a tab."""
+    asked = {f"_{name.replace('-', '_').upper()}_COMPLETE": "complete_bash", "COMP_WORDS": f"{name} {words}"}
+    asked["COMP_CWORD"] = str(1 + words.count(" "))
+    command = [sys.executable, "-m", f"dit_accel.{module}"]
+    assert wanted <= set(subprocess.run(command, env=os.environ | asked, capture_output=True, text=True).stdout.split())
 
 
 def test_help_and_version_do_not_wait_for_torch():
