@@ -66,7 +66,7 @@ class SelectionContext:
             raise AttributeError(f"A SelectionContext has no {name}.")
         if name not in self.observed:
             raise ValueError(
-                f"The selector looks at context.{name}, which nobody kept for it; register it with needs={{{name!r}}}."
+                f"The selector looks at context.{name}, which is kept only on request; register it with needs={{{name!r}}}."
             )
         return self.observed[name]
 

@@ -130,7 +130,7 @@ def test_a_registered_function_has_what_it_needs(run):
         (lambda c: c.noise.log() * 0 / 0, r"'mine' returned NaN for some tokens of layer 0 on step 1; it must return numbers\.$"),
         (
             lambda c: c.key_norms,
-            r"looks at context\.key_norms, which nobody kept for it; register it with needs=\{'key_norms'\}\.$",
+            r"looks at context\.key_norms, which is kept only on request; register it with needs=\{'key_norms'\}\.$",
         ),
     ],
 )
