@@ -37,7 +37,6 @@ FAMILIES = (
         (Stack("transformer_blocks", ("attn1",), example={"timestep": (), "class_labels": ()}),),
         picture_grid,
         head="proj_out_2",
-        text="class_labels",
         batched_guidance=CONDITIONAL_FIRST,
     ),
     Family(

@@ -55,10 +55,7 @@ class Family:
     grid: Callable[[Any, Given], Grid]
     tokens: Callable[[Any, Given], int] | None = None  # how many are not text, if neither the rows of the latents nor a full grid
     head: str = "proj_out"  # the last module that treats one token at a time: the output is made of its rows
-    latents: str = "hidden_states"  # argument of the forward
     rotary: str = ""  # submodule that makes rotary tables, which nobody looks at while attention is reused
-    text: str = "encoder_hidden_states"  # argument that tells guidance branches apart
-    timestep: str = "timestep"  # argument of the forward
     batched_guidance: tuple[str, ...] = ()  # order of the halves in the batch; empty: one call for each
     least_text: int = 0  # text tokens to keep on a partial step though nobody looks at them
     stale_only: str = ""  # why attention cannot be computed afresh; empty if it can
@@ -67,7 +64,7 @@ class Family:
         """How many tokens can be selected: everything but text."""
         if self.tokens is not None:
             return self.tokens(config, given)
-        latents = given[self.latents]
+        latents = given["hidden_states"]
         return int(latents.shape[1]) if latents.ndim == 3 else math.prod(self.grid(config, given))
 
 

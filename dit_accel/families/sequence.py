@@ -50,9 +50,6 @@ FAMILIES = (
         z_image_grid,
         z_image_tokens,
         head="all_final_layer",
-        latents="x",
-        text="cap_feats",
-        timestep="t",
         batched_guidance=CONDITIONAL_FIRST,
     ),
     Family(

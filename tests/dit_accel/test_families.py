@@ -14,6 +14,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from dit_accel.families.table import FAMILIES, lookup
+from dit_accel.hook import LATENTS, TEXT, TIMESTEP, call_of
 from dit_accel.packed import Packed, blocks_of
 from dit_accel.steps import Memory
 from tests.dit_accel import tiny
@@ -42,7 +43,7 @@ class Driver(ModelHook):  # type: ignore[misc]
         forward = self.fn_ref.original_forward
         given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         self.calls.append(given)
-        memory = self.memory(given[self.family.text])
+        memory = self.memory(call_of(given).text)
         if not memory.times or len(memory.times) == memory.partial:
             with self.packed.full(memory, self.family.count(module.config, given), float(len(self.calls))):
                 return forward(*args, **kwargs)
@@ -111,7 +112,8 @@ def test_arguments_tokens_and_grid(case: Any) -> None:
         call(pipe, steps=2)
         given, family = driver.calls[0], driver.family
         grid, count = family.grid(model.config, given), family.count(model.config, given)
-        assert given[family.latents] is not None and given[family.text] is not None and given[family.timestep] is not None
+        told = call_of(given)
+        assert told.latents is not None and told.text is not None and told.timestep is not None
         assert grid[1:] == (tiny.SIDE, tiny.SIDE) and math.prod(grid) == count == driver.branches[0][1].tokens
         text = (0, tiny.TEXT, 32) if family.stacks[0].joint else (0,)
         assert entered[0] - count in text or family.transformer.startswith("QwenImage")
@@ -123,11 +125,11 @@ def test_order_of_guidance_in_the_batch(case: Any) -> None:
     driver = Driver(pipe.transformer)
     call(pipe, steps=2)
     order, given = driver.family.batched_guidance, driver.calls[0]
-    size = len(given[driver.family.latents])
+    size = len(call_of(given).latents)
     assert size == (2 if order else 1)
     if not order:
         return
-    text = given[driver.family.text]
+    text = call_of(given).text
     if name == "dit":
         assert [int(label) == 1000 for label in text] == [half == "uncond" for half in order]  # the class of nothing
         return
@@ -135,7 +137,7 @@ def test_order_of_guidance_in_the_batch(case: Any) -> None:
     changed = {key: shifted(value) for key, value in arguments.items() if key.startswith("negative_prompt_embeds")}
     driver.calls.clear()
     call(pipe, steps=2, **changed)
-    other = driver.calls[0][driver.family.text]
+    other = call_of(driver.calls[0]).text
     assert [torch.equal(a, b) for a, b in zip(text, other, strict=True)] == [half == "cond" for half in order]
 
 
@@ -151,9 +153,9 @@ def test_lookup() -> None:
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     assert lookup(Mine(**config)) is FAMILIES["FluxTransformer2DModel"]
     assert lookup(torch.nn.Linear(1, 1)) is None
-    for name, family in FAMILIES.items():
-        kind = getattr(diffusers, name)
-        assert {family.latents, family.text, family.timestep} <= set(inspect.signature(kind.forward).parameters)
+    for name in FAMILIES:
+        given = set(inspect.signature(getattr(diffusers, name).forward).parameters)
+        assert all(given & {*names} for names in (LATENTS, TEXT, TIMESTEP)), name
 
 
 def test_the_grid_of_a_picture_beside_a_reference() -> None:
