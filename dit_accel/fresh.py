@@ -86,6 +86,12 @@ def positions(table: Any, lengths: set[int], rows: Callable[[int], torch.Tensor]
     return table if dim is None else table.index_select(dim, rows(table.shape[dim]))
 
 
+def picture_by_picture(compute: Callable[..., Any], batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `compute` makes of its place and its own arguments for every picture of a batch, a tensor or a tuple of them."""
+    outputs = [compute(place, *picture(args, place, batch), **picture(kwargs, place, batch)) for place in range(batch)]
+    return tuple(map(torch.cat, zip(*outputs, strict=True))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
+
+
 def picture(value: Any, place: int, batch: int) -> Any:
     """What belongs to one picture of a batch, in a nest of arguments."""
     if isinstance(value, PerPicture):

@@ -236,13 +236,11 @@ class Partial:
             with fresh.Attention(name, lambda given: fresh.refresh(given, kept, rows)):
                 return forward(*args, **kwargs)
 
-        def own(place: int) -> Any:
-            one = functools.partial(fresh.picture, place=place, batch=len(rows))
-            with fresh.Attention(name, lambda given: fresh.refresh(given, one(kept), rows[place])):
-                return forward(*map(one, args), **one(kwargs))
+        def own(place: int, *args: Any, **kwargs: Any) -> Any:
+            with fresh.Attention(name, lambda given: fresh.refresh(given, fresh.picture(kept, place, len(rows)), rows[place])):
+                return forward(*args, **kwargs)
 
-        outputs = list(map(own, range(len(rows))))
-        return tuple(map(torch.cat, zip(*outputs, strict=True))) if isinstance(outputs[0], tuple) else torch.cat(outputs)
+        return fresh.picture_by_picture(own, len(rows), args, kwargs)
 
     def head(self, output: torch.Tensor) -> torch.Tensor:
         if not self.finished:

@@ -133,8 +133,14 @@ class TokenAttnProcessor:
             output = inner(MergedKeys(attn, merged, norms), tokens, other if self.joint else merged, mask)
         elif rotary is None or rows is None:
             output = inner(attn, merged, other, mask, **extra)
-        else:
-            output = self._at_places(inner, attn, merged, other, mask, rotary, rows, extra)
+        else:  # each at its destination's position: processors take one table of them, so pictures of a batch go one by one
+            sources = [Listening(attn.attn) if isinstance(attn, Listening) else attn for _ in rows]
+            extra["image_rotary_emb"] = fresh.PerPicture((rotary[0][own], rotary[1][own]) for own in rows)
+            output = fresh.picture_by_picture(
+                lambda place, *args, **more: inner(sources[place], *args, **more), len(rows), (merged, other, mask), extra
+            )
+            if isinstance(attn, Listening):
+                attn.heard = {name: torch.cat([source.heard[name] for source in sources]) for name in sources[0].heard}
         if isinstance(attn, Listening):
             names = KEYS if keep else ("to_q",) if crossing else ("to_q", *KEYS, "to_qkv")
             attn.heard |= {name: site.unmerge(attn.heard[name], start) for name in names if name in attn.heard}
@@ -145,30 +151,6 @@ class TokenAttnProcessor:
         if double:
             return tuple(part if i == 1 else site.unmerge(part) for i, part in enumerate(output))
         return site.unmerge(output, start)
-
-    def _at_places(
-        self,
-        inner: Callable[..., Any],
-        attn: Any,
-        merged: torch.Tensor,
-        text: Any,
-        mask: Any,
-        rotary: Rotary,
-        rows: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> Any:
-        """Each merged token at its destination's position. Processors take one table of them: pictures of a batch go one by one."""
-        outputs, sources = [], []
-        for b, own in enumerate(rows):
-            mine = slice(b, b + 1)
-            sources.append(Listening(attn.attn) if isinstance(attn, Listening) else attn)
-            adapters = [states[mine] for states in extra.get("ip_hidden_states", ())]
-            given = merged[mine], None if text is None else text[mine], None if mask is None else mask[mine]
-            more = {**extra, "image_rotary_emb": (rotary[0][own], rotary[1][own])}
-            outputs.append(inner(sources[-1], *given, **more | ({"ip_hidden_states": adapters} if adapters else {})))
-        if isinstance(attn, Listening):
-            attn.heard = {name: torch.cat([source.heard[name] for source in sources]) for name in sources[0].heard}
-        return torch.cat(outputs) if text is None else tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
 def unwrapped(processor: Any) -> Any:
