@@ -84,7 +84,7 @@ def selecting(name: str, layer: Layer, tokens: int, config: TokenCacheConfig, **
     def work() -> torch.Tensor:
         where = SimpleNamespace(layer=0, stream=layer.stream, step=1)
         observed = {need: observe(need) for need in selector.needs}
-        context = SelectionContext(states, ages, noise, count, (side, side), text, where, **observed)
+        context = SelectionContext(states, ages, noise, count, (side, side), text, where, observed)
         scores = which.total_scores(selector.score(context), ages, config.age_weight, config.interval)
         return scores.topk(count, dim=-1, sorted=False).indices
 
