@@ -20,8 +20,8 @@ def save_checkpoint(path: Path, **state: Any) -> None:
     os.replace(part, path)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    return torch.load(path, weights_only=True) if path.exists() else None
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    return torch.load(path, device, weights_only=True) if path.exists() else None
 
 
 def write_json(path: Path, content: Any) -> None:

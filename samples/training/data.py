@@ -66,7 +66,6 @@ class Concept:
     code: str
     name: str
     aliases: tuple[str, ...]
-    drawn: bool = True  # by the generators; the judge and the reward know the others too
 
 
 @dataclass(frozen=True)
@@ -80,27 +79,20 @@ class Scene:
 
 
 @cache
-def known(path: Path = HERE / "concepts.txt") -> tuple[Concept, ...]:
-    """What the judge and the reward tell apart."""
+def concepts(path: Path = HERE / "concepts.txt") -> tuple[Concept, ...]:
     rows = []
     for line in path.read_text().splitlines():
         if line and not line.startswith("#"):
-            code, names = line.removeprefix("- ").split(" ", 1)
+            code, names = line.split(" ", 1)
             name, *aliases = [part.strip() for part in names.split("|")]
-            rows.append(Concept(code, name, tuple(aliases), drawn=not line.startswith("-")))
+            rows.append(Concept(code, name, tuple(aliases)))
     return tuple(rows)
-
-
-@cache
-def concepts() -> tuple[Concept, ...]:
-    """What the generators draw."""
-    return tuple(concept for concept in known() if concept.drawn)
 
 
 @cache
 def pairs() -> tuple[list[tuple[Concept, str]], list[tuple[Concept, str]]]:
     """(concept, style) pairs to train on, and those held out to see whether style and concept compose."""
-    everything = known()
+    everything = concepts()
     held = set()
     for index in random.Random(0).sample(range(len(everything)), round(HELD_OUT_SHARE * 3 * len(everything))):
         held.add((everything[index].code, list(STYLES)[index % 3]))
@@ -111,21 +103,24 @@ def pairs() -> tuple[list[tuple[Concept, str]], list[tuple[Concept, str]]]:
     return train, out
 
 
+@cache
 def held_together(first: Concept, second: Concept) -> bool:
     """Whether these two are kept out of one another's pictures in training."""
     return random.Random("|".join(sorted((first.code, second.code)))).random() < HELD_OUT_TOGETHER
 
 
-def color_names(rng: random.Random) -> tuple[str, ...]:
-    """Of a random background: one, or two from top to bottom."""
-    return tuple(rng.sample(list(BACKGROUNDS), 1 + (rng.random() < TWO_TONE)))
+def color_names(rng: random.Random, tones: float = TWO_TONE) -> tuple[str, ...]:
+    """Of a random background: one, or for a share `tones` two from top to bottom."""
+    return tuple(rng.sample(list(BACKGROUNDS), 1 + (rng.random() < tones)))
 
 
-def scene(rng: random.Random, rows: list[tuple[Concept, str]], two: float = TWO, held: bool = False) -> Scene:
+def scene(
+    rng: random.Random, rows: list[tuple[Concept, str]], two: float = TWO, held: bool = False, tones: float = TWO_TONE
+) -> Scene:
     """A random scene of these (concept, style) pairs; a share `two` of them shows two concepts, which are seen together in
     training, or (`held`) are not."""
     concept, style = rng.choice(rows)
-    background = color_names(rng) if rng.random() < NAMED else ()
+    background = color_names(rng, tones) if rng.random() < NAMED else ()
     alone = Scene((concept,), style, background=background)
     if rng.random() >= two:
         return alone
@@ -146,6 +141,14 @@ def drawings() -> dict[str, dict[str, torch.Tensor]]:
             part = drawing[:, rows[0] : rows[1] + 1, columns[0] : columns[1] + 1].float() / 255
             found[name][code] = torch.cat([part[:3] * part[3:], part[3:]])
     return found
+
+
+@cache
+def drawn(name: str, code: str, side: int) -> torch.Tensor:
+    """One of `drawings` at this length of its longer side in pixels, [4, h, w]."""
+    drawing = drawings()[name][code]
+    h, w = (max(1, round(side * n / max(drawing.shape[1:]))) for n in drawing.shape[1:])
+    return F.interpolate(drawing[None], size=(h, w), mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 def ground(background: tuple[str, ...], height: int, width: int, rng: random.Random) -> torch.Tensor:
@@ -178,14 +181,12 @@ def compose(scene: Scene, height: int, width: int, rng: random.Random) -> tuple[
         areas.reverse()
     boxes = []
     for concept, (top, left, tall, wide) in zip(scene.subjects, areas, strict=True):
-        drawing = drawings()[STYLES.get(scene.style, scene.style)][concept.code]
-        longest = max(drawing.shape[1:])
         fits, least = min(tall, wide), 0.6 if scene.relation else 0.45
         side = rng.choice([n for n in SIDES if least * fits <= n <= 0.95 * fits])
-        h, w = (max(1, round(side * n / longest)) for n in drawing.shape[1:])
-        small = F.interpolate(drawing[None], size=(h, w), mode="bilinear", antialias=True, align_corners=False)[0]
+        small = drawn(STYLES.get(scene.style, scene.style), concept.code, side)
         if rng.random() < 0.5:
             small = small.flip(-1)
+        h, w = small.shape[1:]
         top, left = (start + GRID * rng.randint(0, free // GRID) for start, free in ((top, tall - h), (left, wide - w)))
         part = canvas[:, top : top + h, left : left + w]
         part.mul_(1 - small[3:]).add_(small[:3])

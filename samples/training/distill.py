@@ -11,48 +11,53 @@ format.
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from data import WORK
 from generate import open_pipeline
-from loop import Scenes, run
-from text import LENGTH
-from train import Flux, save_pipeline, sheets
+from loop import Text, run
+from train import Flux, open_vae, places, save_pipeline, sheets, times
 
 GUIDANCE = (1.0, 6.0)
+EARLY = 0.3  # as train.py's --early
 
 
-def student_of(teacher: FluxPipeline) -> Flux:
-    """The teacher's parts, and a transformer with a guidance embedding that adds nothing yet."""
+def student_of(teacher: FluxPipeline, start: Path | None = None) -> Flux:
+    """The teacher's parts, and a transformer with a guidance embedding: that of a finished pipeline, or the teacher's own with an
+    embedding that adds nothing yet."""
     student = Flux(guided=True)
     for name in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"):
         setattr(student, name, getattr(teacher, name))
-    student.transformer.load_state_dict(teacher.transformer.state_dict(), strict=False)
-    last = student.transformer.time_text_embed.guidance_embedder.linear_2
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.zeros_(last.bias)
+    if start:
+        student.transformer.load_state_dict(FluxTransformer2DModel.from_pretrained(start / "transformer").state_dict())
+    else:
+        student.transformer.load_state_dict(teacher.transformer.state_dict(), strict=False)
+        last = student.transformer.time_text_embed.guidance_embedder.linear_2
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
     return student.requires_grad_(False)
 
 
 def distillation_loss(
-    teacher: FluxTransformer2DModel, student: Flux, latents: torch.Tensor, captions: list[str], generator: torch.Generator
+    teacher: FluxTransformer2DModel, student: Flux, latents: torch.Tensor, tokens: Text, generator: torch.Generator
 ) -> torch.Tensor:
-    """Squared error of the student's velocity to the teacher's guided one, for latents [n, 8, h, w]."""
-    n, _, h, w = latents.shape
+    """Squared error of the student's velocity to the teacher's guided one, for latents [n, 8, h, w]; the last of the captions is
+    the empty one."""
+    n, device = len(latents), latents.device
     x = FluxPipeline._pack_latents(latents, *latents.shape)
-    noise = torch.randn(x.shape, generator=generator)
-    t = torch.randn(n, generator=generator).sigmoid()
-    guidance = torch.empty(n).uniform_(*GUIDANCE, generator=generator)
+    noise = torch.randn(x.shape, generator=generator, device=device)
+    t, _ = times(n, EARLY, generator, device)
+    guidance = torch.empty(n, device=device).uniform_(*GUIDANCE, generator=generator)
     noisy = torch.lerp(x, noise, t[:, None, None])
-    ids = FluxPipeline._prepare_latent_image_ids(1, h // 2, w // 2, "cpu", torch.float32)
-    settings = {"img_ids": ids, "txt_ids": torch.zeros(LENGTH, 3), "return_dict": False}
+    settings = {**places(*latents.shape[2:], device), "return_dict": False}
     with torch.no_grad():
-        text, pooled = student.encode([*captions, ""])
+        text, pooled = student.encode(*tokens)
         unasked, empty = text[-1:].expand(n, -1, -1), pooled[-1:].expand(n, -1)
         twice = [torch.cat(both) for both in ((noisy, noisy), (text[:-1], unasked), (pooled[:-1], empty), (t, t))]
         cond, uncond = teacher(*twice, **settings)[0].chunk(2)
@@ -63,12 +68,15 @@ def distillation_loss(
 
 def main(
     teacher: Path = typer.Option(None, help="Folder of the finished pipeline [default: the averaged weights of train.py flux]"),
-    steps: int = typer.Option(6_000),
+    start: Path = typer.Option(None, help="Folder of a distilled pipeline whose weights to start from."),
+    steps: int = typer.Option(6_000, help="Steps in all."),
+    minutes: float = typer.Option(inf, help="Minutes in all: the learning rate falls over the last third of what ends first."),
     tokens: int = typer.Option(1024, help="Image tokens a step: four pictures of 128 px, or sixteen of 64 px."),
     lr: float = typer.Option(2e-4),
-    scenes: int = typer.Option(30_000, help="Different scenes of each size, as in train.py."),
+    device: str = typer.Option("cpu", help="cpu or cuda"),
+    workers: int = typer.Option(0, help="Processes that compose scenes, for a GPU that would wait for them."),
     threads: int = typer.Option(torch.get_num_threads()),
-    bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a CPU with AMX or AVX512-BF16, slower on an old one."),
+    bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a GPU, or on a CPU with AMX or AVX512-BF16."),
     checkpoint_minutes: float = typer.Option(4.0),
     vae_path: Path = typer.Option(WORK / "vae-cured"),
     out: Path = typer.Option(WORK / "emoji-flux-guided", help="Folder of the finished pipeline."),
@@ -78,20 +86,23 @@ def main(
     torch.manual_seed(0)
     pipe, name = open_pipeline(teacher, None if teacher else "flux")
     typer.echo(f"teacher: {name}")
-    model = student_of(pipe)
-    vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
+    model = student_of(pipe, start).to(device)
+    vae, guiding = open_vae(vae_path, device), pipe.transformer.to(device)
     model.transformer.requires_grad_(True)
     said = run(
         "distill",
         WORK / "distilled.pt",
         model,
-        lambda latents, layouts, captions, generator: distillation_loss(pipe.transformer, model, latents, captions, generator),
+        lambda captions: model.tokens([*captions, ""]),
+        lambda latents, layouts, text, generator: distillation_loss(guiding, model, latents, text, generator),
         sheets(model, vae),
-        Scenes(vae, scenes),
+        vae,
         steps=steps,
+        minutes=minutes,
         tokens=tokens,
         lr=lr,
         bf16=bf16,
+        workers=workers,
         checkpoint_minutes=checkpoint_minutes,
     )
     save_pipeline(model.eval().pipeline(vae), out)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from augment import augment
 from common import load_checkpoint, save_checkpoint, write_json
-from data import BACKGROUNDS, HELD_OUT_TOGETHER, STYLES, WORK, Concept, Scene, compose, drawings, known, scene
+from data import BACKGROUNDS, HELD_OUT_TOGETHER, STYLES, WORK, Concept, Scene, compose, concepts, drawings, scene
 
 OUT = Path(__file__).parent.parent / "judge"
 SETS = ("noto", "noto-v1", "fluent-flat", "fluent-3d", "twemoji", "emojione")
@@ -149,18 +149,18 @@ def shares(found: list[Verdict]) -> dict[str, float | int]:
 
 def rows_of(sets: tuple[str, ...]) -> list[tuple[Concept, str]]:
     """(concept, set) pairs; not every set draws every concept."""
-    return [(concept, name) for name in sets for concept in known() if concept.code in drawings()[name]]
+    return [(concept, name) for name in sets for concept in concepts() if concept.code in drawings()[name]]
 
 
 def labels_of(made: Scene, boxes: list[Box], size: tuple[int, int]) -> torch.Tensor:
     """Labels [rows, columns] of a picture's cells: what the middle of a box shows, nothing outside boxes, -100 in between."""
-    labels = torch.full((size[0] // CELL, size[1] // CELL), len(known()))
+    labels = torch.full((size[0] // CELL, size[1] // CELL), len(concepts()))
     y, x = ((torch.arange(n) + 0.5) * CELL for n in labels.shape)
     for concept, (top, left, h, w) in zip(made.subjects, boxes, strict=True):
         off_y, off_x = (y - top - h / 2).abs() / h, (x - left - w / 2).abs() / w  # half a box: .5
         inside = lambda limit, off_y=off_y, off_x=off_x: (off_y < limit)[:, None] & (off_x < limit)  # noqa: E731
         labels[inside(0.5)] = -100
-        label = known().index(concept)
+        label = concepts().index(concept)
         labels[inside(0.25)] = label
         labels[int(top + h / 2) // CELL, int(left + w / 2) // CELL] = label
     return labels
@@ -197,11 +197,11 @@ def fit(sets: tuple[str, ...], vae: AutoencoderTiny, samples: int, batch: int, l
     """A judge trained on scenes of these sets, one in eight through the autoencoder; goes on from the checkpoint at `path`."""
     torch.manual_seed(0)
     rows = rows_of(sets)
-    judge = Judge([c.code for c in known()]).to(memory_format=torch.channels_last).train()
+    judge = Judge([c.code for c in concepts()]).to(memory_format=torch.channels_last).train()
     decayed = [p for p in judge.parameters() if p.ndim > 1]
     plain = [p for p in judge.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=lr, weight_decay=0.05)
-    weight = torch.ones(len(known()) + 1)
+    weight = torch.ones(len(concepts()) + 1)
     weight[-1] = NOTHING
     done = 0
     if state := load_checkpoint(path):
@@ -271,7 +271,7 @@ def main(
         "cell": CELL,
         "widths": WIDTHS,
         "codes": judge.codes,
-        "labels": [c.name for c in known()],
+        "labels": [c.name for c in concepts()],
         "trained": {"sets": SETS, **settings},
         "accuracy": {"unseen_style": {"set": UNSEEN, "trained_on": others, **unseen}, "seen_drawings": seen},
     }

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.progress import track
 from safetensors.torch import save_file
 
-from data import WORK, known
+from data import WORK, concepts
 
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -95,7 +95,7 @@ def main(size: int = typer.Option(128, help="Side of the rendered pictures in pi
         png = resvg_py.svg_to_bytes(svg_string=svg, width=4 * size // 2, height=4 * size // 2)
         return resized(bytes(png), size)
 
-    chosen = [concept.code for concept in known()]
+    chosen = [concept.code for concept in concepts()]
     tensors, drawings, order = {}, {}, {}
     for name in (*AUTOENCODER_SETS, "twemoji", "emojione"):
         rows, drawn, codes = [], [], []

@@ -29,7 +29,7 @@ from transformers import BertConfig
 
 from augment import augment
 from common import copy_card, load_checkpoint, save_checkpoint, write_json
-from data import BACKGROUNDS, WORK, all_captions, compose, known
+from data import BACKGROUNDS, WORK, all_captions, compose, concepts
 from degrade import DEGRADATIONS
 from dit_accel.eval.rewards.image_reward import MEAN, SPECIAL, STD, build_image_reward, build_net, original_name, read_vocabulary
 from dit_accel.eval.rewards.pictures import MEAN as PIXEL_MEAN
@@ -73,7 +73,7 @@ GROUND = 0.2  # weight of a patch that shows the background: most do
 
 def vocabulary() -> list[str]:
     """Every word of the captions, and of the names of concepts that the generators do not draw."""
-    names = [name for concept in known() for name in (concept.name, *concept.aliases)]
+    names = [name for concept in concepts() for name in (concept.name, *concept.aliases)]
     return sorted(set(re.findall(r"[a-z0-9]+|[^\sa-z0-9]", " ".join([*all_captions(), *names]).lower())))
 
 
@@ -96,11 +96,11 @@ class Model(torch.nn.Module):
                 # As large for the width here as BERT's 0.02 is for 768 and more: with 0.02 all tokens attend to all alike, and no
                 # preference is learned.
                 torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-        labels = (len(known()) + 1 + len(BACKGROUNDS), len(LOOKS))
+        labels = (len(concepts()) + 1 + len(BACKGROUNDS), len(LOOKS))
         self.names = torch.nn.ModuleList([torch.nn.Linear(VISION["embed_dim"], n) for n in labels])
         self.faults = torch.nn.Linear(TEXT["hidden_size"], 1 + len(KINDS))
         weight = torch.ones(labels[0])
-        weight[len(known()) :] = GROUND
+        weight[len(concepts()) :] = GROUND
         self.register_buffer("weight", weight)
 
     def take_over(self, folder: Path) -> None:

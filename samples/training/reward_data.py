@@ -19,10 +19,10 @@ from data import (
     Concept,
     Scene,
     compose,
+    concepts,
     drawings,
     ground,
     held_together,
-    known,
     pairs,
     scene,
     scene_caption,
@@ -65,7 +65,7 @@ class Comparison:
 @cache
 def shown() -> list[tuple[Concept, str]]:
     """(concept, style or set) pairs to train on: all drawings but those that the generators never see."""
-    everything = [(c, look) for look in LOOKS for c in known() if c.code in drawings()[STYLES.get(look, look)]]
+    everything = [(c, look) for look in LOOKS for c in concepts() if c.code in drawings()[STYLES.get(look, look)]]
     return [row for row in everything if row not in pairs()[1]]
 
 
@@ -82,7 +82,7 @@ def failed(kind: str, made: Scene, rng: random.Random, unseen: bool = False) -> 
     """
     if kind == "wrong object":
         place = rng.randrange(len(made.subjects))
-        others = [c for c in known() if c not in made.subjects and c.code in drawings()[STYLES.get(made.style, made.style)]]
+        others = [c for c in concepts() if c not in made.subjects and c.code in drawings()[STYLES.get(made.style, made.style)]]
         changed = [(*made.subjects[:place], c, *made.subjects[place + 1 :]) for c in rng.sample(others, min(4, len(others)))]
         options = [replace(made, subjects=subjects) for subjects in changed]
     elif kind == "wrong background":
@@ -132,9 +132,9 @@ def patch_labels(made: Scene, boxes: list[Box], size: tuple[int, int]) -> Tensor
     these is for pastels without a name. Then the number of the drawing's set. -100 where there is none, and at the rim of boxes.
     """
     height, width = size
-    side, label = min(size), known().index
+    side, label = min(size), concepts().index
     y, x = ((torch.arange(SIDE // PATCH) + 0.5) * PATCH / SIDE * side + (n - side) // 2 for n in size)
-    colors = [len(known()) + (1 + list(BACKGROUNDS).index(name) if name else 0) for name in made.background or ("",)]
+    colors = [len(concepts()) + (1 + list(BACKGROUNDS).index(name) if name else 0) for name in made.background or ("",)]
     ground = torch.tensor(colors)[(y / height * len(colors)).long()]
     labels = torch.stack([ground[:, None].expand(-1, len(x)), torch.full((len(y), len(x)), -100)])
     rim = PATCH / SIDE * side / 2

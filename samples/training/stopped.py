@@ -74,6 +74,7 @@ def stopped(pipe: DiffusionPipeline, prompts: list[str], steps: int, guidance: f
 def main(
     batch: int = typer.Option(15),
     threads: int = typer.Option(torch.get_num_threads()),
+    bf16: bool = typer.Option(False, help="Weights and arithmetic in bfloat16."),
     folder: Path = typer.Option(SAMPLES, help="Where emoji-flux and emoji-pixart lie."),
 ) -> None:
     torch.set_num_threads(threads)
@@ -83,7 +84,7 @@ def main(
             target, path = WORK / f"stopped-{name}.safetensors", WORK / f"stopped-{name}.pt"
             if target.exists():
                 continue
-            pipe, _ = open_pipeline(folder / f"emoji-{name}", None)
+            pipe, _ = open_pipeline(folder / f"emoji-{name}", None, torch.bfloat16 if bf16 else torch.float32)
             state = load_checkpoint(path)
             parts = state["parts"] if state else []
             bar = progress.add_task(name, total=len(prompts), completed=sum(map(len, parts)))

@@ -7,14 +7,16 @@ Needs the drawings of prepare.py and the autoencoder of border.py. --start takes
 word where the vocabulary has changed; without it a training begins from random weights, and PixArt with the T5 that FLUX has
 trained: its only way to the text, cross-attention, finds none to speak of in a T5 that knows nothing yet.
 
-Scenes are encoded once and kept on disk for both families. A checkpoint every few minutes; the same command goes on where it
-stopped, and --steps may be raised to go on after the end. Writes the finished pipeline in diffusers format.
+A checkpoint every few minutes; the same command goes on where it stopped, and --steps or --minutes may be raised to go on after the
+end. Writes the finished pipeline in diffusers format.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
+from math import inf
 from pathlib import Path
 
 import torch
@@ -30,20 +32,41 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from transformers import T5EncoderModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from common import clean_config, copy_card, sheet
 from data import WORK, pairs, scene, scene_prompt
-from loop import Scenes, run
-from text import LENGTH, WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
+from loop import Text, run
+from text import LENGTH, PLACES, WIDTH, clip_encoder, clip_tokenizer, roles, t5_encoder, t5_tokenizer
 
 WAVES = (0.5, 1, 2)  # over a subject's height and width
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # PixArt's
 
 
-def at_times(t: torch.Tensor) -> torch.Tensor:
-    """Weight of the loss at times 0 to 1. At both ends, gradients scatter three to four times as much from picture to picture as in
-    between (measured at half of the training), and drown what is learned there, which is shapes."""
-    return 4 * t * (1 - t)
+def times(n: int, early: float, generator: torch.Generator, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Times from 0, the picture, to 1, noise, and how much the loss weighs each, both [n].
+
+    Most are logit-normal. At both ends, gradients scatter three to four times as much from picture to picture as in between
+    (measured at half of the training), and drown what is learned there, which is shapes: hence the weight. A share `early` comes
+    from the first steps of a picture, which decide the background's two colors and which object lies where.
+    """
+    t = torch.randn(n, generator=generator, device=device).sigmoid()
+    first = torch.rand(n, generator=generator, device=device) < early
+    starting = 1 - 0.5 * torch.rand(n, generator=generator, device=device) ** 1.5
+    return torch.where(first, starting, t), torch.where(first, 1.0, 4 * t * (1 - t))
+
+
+def masking(mask: torch.Tensor) -> torch.Tensor:
+    """A mask [n, tokens] of ones and zeros as what T5 makes of it, [n, 1, 1, tokens]; from the mask itself it would first read on
+    the host whether it masks anything."""
+    return (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
+
+
+@cache
+def places(height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """FLUX's places of the tokens of latents of this size, and of the text's."""
+    ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, device, torch.float32)
+    return {"img_ids": ids, "txt_ids": torch.zeros(LENGTH, 3, device=device)}
 
 
 class Flux(torch.nn.Module):
@@ -53,6 +76,7 @@ class Flux(torch.nn.Module):
 
     def __init__(self, guided: bool = False) -> None:
         super().__init__()
+        self.early = 0.0
         self.tokenizer, self.tokenizer_2 = clip_tokenizer(), t5_tokenizer()
         self.text_encoder, self.text_encoder_2 = clip_encoder(self.tokenizer), t5_encoder(self.tokenizer_2)
         self.transformer = FluxTransformer2DModel(
@@ -72,20 +96,25 @@ class Flux(torch.nn.Module):
     def middle(self) -> torch.nn.Module:
         return self.transformer.single_transformer_blocks[1]
 
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        settings = dict(padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-        pooled = self.text_encoder(self.tokenizer(captions, **settings).input_ids).pooler_output
-        return self.text_encoder_2(self.tokenizer_2(captions, **settings).input_ids)[0], pooled
+    @property
+    def t5(self) -> T5EncoderModel:
+        return self.text_encoder_2
 
-    def loss(self, latents: torch.Tensor, captions: list[str], generator: torch.Generator) -> torch.Tensor:
-        text, pooled = self.encode(captions)
+    def tokens(self, captions: list[str]) -> Text:
+        settings = dict(padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+        return self.tokenizer(captions, **settings).input_ids, self.tokenizer_2(captions, **settings).input_ids
+
+    def encode(self, clip: torch.Tensor, t5: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.text_encoder_2(t5, attention_mask=masking(torch.ones_like(t5)))[0], self.text_encoder(clip).pooler_output
+
+    def loss(self, latents: torch.Tensor, tokens: Text, generator: torch.Generator) -> torch.Tensor:
+        text, pooled = self.encode(*tokens)
         x = FluxPipeline._pack_latents(latents, *latents.shape)
-        noise = torch.randn(x.shape, generator=generator)
-        t = torch.randn(len(x), generator=generator).sigmoid()
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        t, weight = times(len(x), self.early, generator, x.device)
         noisy = torch.lerp(x, noise, t[:, None, None])
-        ids = FluxPipeline._prepare_latent_image_ids(1, latents.shape[2] // 2, latents.shape[3] // 2, "cpu", torch.float32)
-        output = self.transformer(noisy, text, pooled, t, img_ids=ids, txt_ids=torch.zeros(LENGTH, 3), return_dict=False)[0]
-        return (at_times(t) * (output - noise + x).square().mean((1, 2))).mean()
+        output = self.transformer(noisy, text, pooled, t, **places(*latents.shape[2:], latents.device), return_dict=False)[0]
+        return (weight * (output - noise + x).square().mean((1, 2))).mean()
 
     def pipeline(self, vae: AutoencoderTiny) -> FluxPipeline:
         return FluxPipeline(
@@ -110,6 +139,7 @@ class PixArt(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.early = 0.0
         self.tokenizer = t5_tokenizer()
         self.text_encoder = t5_encoder(self.tokenizer)
         self.transformer = PixArtTransformer2DModel(
@@ -124,22 +154,28 @@ class PixArt(torch.nn.Module):
             caption_channels=WIDTH,
             use_additional_conditions=False,
         )
-        self.alphas = DPMSolverMultistepScheduler(**BETAS).alphas_cumprod
-        self.levels = ((1 - self.alphas) / self.alphas).sqrt()  # noise per picture, rising
+        alphas = DPMSolverMultistepScheduler(**BETAS).alphas_cumprod
+        self.register_buffer("alphas", alphas, persistent=False)
+        self.register_buffer("levels", ((1 - alphas) / alphas).sqrt(), persistent=False)  # noise per picture, rising
 
     @property
     def middle(self) -> torch.nn.Module:
         return self.transformer.transformer_blocks[3]
 
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0], tokens.attention_mask
+    @property
+    def t5(self) -> T5EncoderModel:
+        return self.text_encoder
 
-    def loss(self, latents: torch.Tensor, captions: list[str], generator: torch.Generator) -> torch.Tensor:
-        text, mask = self.encode(captions)
-        noise = torch.randn(latents.shape, generator=generator)
-        wanted = torch.randn(len(latents), generator=generator).exp()  # t / (1 - t) of a logit-normal t
-        t = torch.searchsorted(self.levels, wanted).clamp(max=len(self.levels) - 1)
+    def tokens(self, captions: list[str]) -> Text:
+        tokens = self.tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+        return tokens.input_ids, tokens.attention_mask
+
+    def loss(self, latents: torch.Tensor, tokens: Text, generator: torch.Generator) -> torch.Tensor:
+        words, mask = tokens
+        text = self.text_encoder(words, attention_mask=masking(mask))[0]
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        wanted, weight = times(len(latents), self.early, generator, latents.device)
+        t = torch.searchsorted(self.levels, wanted / (1 - wanted)).clamp(max=len(self.levels) - 1)
         alpha = self.alphas[t][:, None, None, None]
         output = self.transformer(
             alpha.sqrt() * latents + (1 - alpha).sqrt() * noise,
@@ -150,7 +186,7 @@ class PixArt(torch.nn.Module):
             return_dict=False,
         )[0]
         error = output - alpha.sqrt() * noise + (1 - alpha).sqrt() * latents
-        return (at_times(wanted / (1 + wanted)) * error.square().mean((1, 2, 3))).mean()
+        return (weight * error.square().mean((1, 2, 3))).mean()
 
     def pipeline(self, vae: AutoencoderTiny) -> PixArtSigmaPipeline:
         scheduler = DPMSolverMultistepScheduler(**BETAS, prediction_type="v_prediction")
@@ -219,29 +255,46 @@ def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> Non
     copy_card(folder)
 
 
-class Learner(torch.nn.Module):
-    """A model, and a head on the middle of its transformer that tells which part of which subject a token shows.
+def open_vae(path: Path, device: str) -> AutoencoderTiny:
+    return AutoencoderTiny.from_pretrained(path).to(device, memory_format=torch.channels_last).eval()
 
-    The denoising loss alone teaches that too, slowly: what a token shows follows from the caption and from where in its subject it
-    lies. Aligning the middle of the transformer with what is known about the picture is REPA's idea (Yu et al., ICLR 2025); there
-    it is a pretrained encoder's features, here what the scene was composed of. The head does not ship.
+
+class Learner(torch.nn.Module):
+    """A model and two heads that do not ship: on the middle of its transformer, one that tells which part of which subject a token
+    shows; on T5, one that tells in which half of the picture a word belongs.
+
+    The denoising loss alone teaches both, slowly: they follow from the caption and the picture. Aligning the middle of the
+    transformer with what is known about the picture is REPA's idea (Yu et al., ICLR 2025); there it is a pretrained encoder's
+    features, here what the scene was composed of.
     """
 
     def __init__(self, model: Flux | PixArt, weight: float) -> None:
         super().__init__()
         self.model, self.weight = model, weight
         self.head = torch.nn.Linear(256, 3 + 4 * len(WAVES))
+        self.words = torch.nn.Linear(WIDTH, len(PLACES))
         self.seen: torch.Tensor | None = None
+        self.read: torch.Tensor | None = None
         model.middle.register_forward_hook(self.see)
+        model.t5.register_forward_hook(self.listen)
 
     def see(self, block: torch.nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
         """A single block of FLUX returns text and picture, a block of PixArt the picture."""
         self.seen = output[1] if isinstance(output, tuple) else output
 
-    def loss(self, latents: torch.Tensor, layouts: torch.Tensor, captions: list[str], generator: torch.Generator) -> torch.Tensor:
-        """The model's own loss, and the head's: cross-entropy of the subject, squared error of its size and of which part of it the
-        token shows, as sines and cosines: what maps a place to a color learns fine structure from these alone."""
-        loss = self.model.loss(latents, captions, generator)
+    def listen(self, encoder: torch.nn.Module, args: object, output: BaseModelOutput) -> None:
+        self.read = output.last_hidden_state
+
+    def tokens(self, captions: list[str]) -> Text:
+        """The model's, and where its words belong."""
+        return *self.model.tokens(captions), roles(captions)
+
+    def loss(self, latents: torch.Tensor, layouts: torch.Tensor, tokens: Text, generator: torch.Generator) -> torch.Tensor:
+        """The model's own loss and the heads': cross-entropy of the subject, squared error of its size and of which part of it the
+        token shows, as sines and cosines: what maps a place to a color learns fine structure from these alone; and cross-entropy
+        of where words belong."""
+        *tokens, belong = tokens
+        loss = self.model.loss(latents, tuple(tokens), generator)
         if not self.weight:
             return loss
         told, layout = self.head(self.seen).float(), layouts.flatten(2).transpose(1, 2)
@@ -249,18 +302,22 @@ class Learner(torch.nn.Module):
         turns = torch.cat([2 * torch.pi * wave * layout[..., 2:4] for wave in WAVES], -1)
         parts = torch.cat([layout[..., 4:], turns.sin(), turns.cos()], -1)
         missed = (inside * (told[..., 2:] - parts) ** 2).sum() / inside.sum().clamp(min=1) / parts.shape[-1]
-        return loss + self.weight * (F.binary_cross_entropy_with_logits(told[..., :2], subjects) + missed)
+        words = F.cross_entropy(self.words(self.read).float().flatten(0, 1), belong.flatten())
+        return loss + self.weight * (F.binary_cross_entropy_with_logits(told[..., :2], subjects) + missed + words)
 
 
 def main(
     family: str = typer.Argument(help="flux or pixart"),
-    steps: int = typer.Option(40_000, help="Steps in all; the learning rate falls over the last quarter of them."),
+    steps: int = typer.Option(40_000, help="Steps in all."),
+    minutes: float = typer.Option(inf, help="Minutes in all: the learning rate falls over the last third of what ends first."),
     tokens: int = typer.Option(1024, help="Image tokens a step: four pictures of 128 px, or sixteen of 64 px."),
     lr: float = typer.Option(4e-4),
-    layout: float = typer.Option(0.1, help="Weight of the loss that tells tokens which part of which subject they show."),
-    scenes: int = typer.Option(30_000, help="Different scenes of each size."),
+    layout: float = typer.Option(0.1, help="Weight of the losses of the two heads that do not ship."),
+    early: float = typer.Option(0.5, help="Share of the times that lie in the first steps of a picture."),
+    device: str = typer.Option("cpu", help="cpu or cuda"),
+    workers: int = typer.Option(0, help="Processes that compose scenes, for a GPU that would wait for them."),
     threads: int = typer.Option(torch.get_num_threads(), help="CPU threads; two trainings side by side want one each."),
-    bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a CPU with AMX or AVX512-BF16, slower on an old one."),
+    bf16: bool = typer.Option(False, help="Multiply in bfloat16: faster on a GPU, or on a CPU with AMX or AVX512-BF16."),
     checkpoint_minutes: float = typer.Option(4.0),
     vae_path: Path = typer.Option(WORK / "vae-cured"),
     start: Path = typer.Option(None, help="Folder of a pipeline whose weights to start from, instead of random ones."),
@@ -276,10 +333,12 @@ def main(
         take_over(model, start)
     elif family == "pixart":
         model.text_encoder.load_state_dict(T5EncoderModel.from_pretrained(t5_path).state_dict())
-    vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
-    learner = Learner(model, layout)
-    settings = {"steps": steps, "tokens": tokens, "lr": lr, "bf16": bf16, "checkpoint_minutes": checkpoint_minutes}
-    said = run(family, out.with_suffix(".pt"), learner, learner.loss, sheets(model, vae), Scenes(vae, scenes), **settings)
+    model.early = early
+    vae = open_vae(vae_path, device)
+    learner = Learner(model, layout).to(device)
+    settings = {"steps": steps, "minutes": minutes, "tokens": tokens, "lr": lr, "bf16": bf16, "workers": workers}
+    settings["checkpoint_minutes"] = checkpoint_minutes
+    said = run(family, out.with_suffix(".pt"), learner, learner.tokens, learner.loss, sheets(model, vae), vae, **settings)
     save_pipeline(model.eval().pipeline(vae), out)
     typer.echo(f"{said}, saved to {out}")
 

@@ -20,7 +20,6 @@ from data import (
     compose,
     concepts,
     held_together,
-    known,
     pairs,
     scene,
     scene_caption,
@@ -125,10 +124,8 @@ def test_training_never_shows_what_is_held_out():
     assert 0.06 < sum(held_together(a, b) for a, b in both_ways) / len(both_ways) < 0.1
 
 
-def test_the_generators_draw_a_part_of_what_the_judge_knows():
-    assert len(known()) == 110 and 60 <= len(concepts()) < 110
-    assert set(concepts()) < set(known()) and not any(concept.drawn for concept in set(known()) - set(concepts()))
-    assert known()[0].code == "1f347" and known()[0].name == "grapes"
+def test_the_concepts_are_those_of_the_file():
+    assert len(concepts()) == 110 and concepts()[0].code == "1f347" and concepts()[0].name == "grapes"
     assert all(concept in concepts() for part in pairs() for concept, _ in part)
 
 
@@ -200,3 +197,21 @@ def test_the_tokenizers_know_every_word_and_captions_fit():
     assert max(map(len, pieces)) <= LENGTH
     assert all(t5.unk_token_id not in ids for ids in pieces)
     assert t5.unk_token_id in t5("a zeppelin").input_ids
+
+
+@pytest.mark.parametrize(
+    ("caption", "places"),
+    [
+        ("owl, 3d style", "whole whole whole whole"),
+        ("owl left of red apple, flat style", "left whole whole right right whole whole whole"),
+        ("a key below an owl in 3d style", "lower lower whole upper upper whole whole whole"),
+        ("3d owl on a red and blue background", "whole whole whole whole upper whole lower whole"),
+    ],
+)
+def test_words_belong_in_the_half_that_they_are_about(caption, places):
+    from text import LENGTH, PLACES, roles, t5_tokenizer
+
+    (row,) = roles([caption])
+    said = [PLACES[role] for role in row[row >= 0]]
+    assert said == places.split() and len(row) == LENGTH
+    assert len(said) == len(t5_tokenizer()(caption).input_ids) - 1, "one a token, but for the end"

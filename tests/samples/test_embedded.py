@@ -99,11 +99,11 @@ def tiles(name: str) -> list[Image.Image]:
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_the_reward_knows_what_the_pipelines_draw(name):
     """On pictures that it was not trained on in this size and palette: right prompts, right styles and sharp pictures win."""
-    from data import STYLES, known, prompt
+    from data import STYLES, concepts, prompt
 
     reward = load_reward("emoji-reward")
     pictures = tiles(name)
-    asked = [(concept, style) for concept in known() for style in STYLES]
+    asked = [(concept, style) for concept in concepts() for style in STYLES]
     own = reward.score([prompt(concept, style) for concept, style in asked], pictures, batch_size=64)
     another = reward.score([prompt(asked[i - 90][0], style) for i, (_, style) in enumerate(asked)], pictures, batch_size=64)
     styles = {"3d": "flat", "flat": "cartoon", "cartoon": "3d"}

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import judge as judging
-from data import BACKGROUNDS, STYLES, Scene, known
+from data import BACKGROUNDS, STYLES, Scene, concepts
 from judge import background_right, labels_of, load_judge, verdicts
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 
-APPLE, OWL, KEY = known()[6], known()[40], known()[80]
+APPLE, OWL, KEY = concepts()[6], concepts()[40], concepts()[80]
 
 
 class Seen(torch.nn.Module):
@@ -24,7 +24,7 @@ class Seen(torch.nn.Module):
 
     def __init__(self, cells: dict[tuple[int, int], object]) -> None:
         super().__init__()
-        self.codes = [concept.code for concept in known()]
+        self.codes = [concept.code for concept in concepts()]
         self.map = torch.zeros(len(self.codes) + 1, 6, 6)
         self.map[-1] = 10
         for sureness, ((row, column), concept) in zip((30, 25, 20), cells.items(), strict=False):
@@ -40,7 +40,7 @@ def verdict(cells: dict, asked: Scene):
 
 def test_a_single_object_is_the_one_it_is_surest_of():
     right = verdict({(4, 1): OWL, (0, 0): KEY}, Scene((OWL,), "3d"))
-    assert right.object is True and right.named[:2] == (OWL.code, KEY.code) and len(right.named) == len(known())
+    assert right.object is True and right.named[:2] == (OWL.code, KEY.code) and len(right.named) == len(concepts())
     assert (right.both, right.places, right.background) == (None, None, None)
     assert verdict({(4, 1): KEY, (0, 0): OWL}, Scene((OWL,), "3d")).object is False
 
@@ -75,7 +75,7 @@ def test_background_colors():
 
 def test_cells_are_labeled_by_what_lies_in_their_middle():
     labels = labels_of(Scene((APPLE, OWL), "3d", "left of"), [(16, 0, 64, 48), (40, 64, 20, 20)], (96, 96))
-    nothing, apple, owl = len(known()), known().index(APPLE), known().index(OWL)
+    nothing, apple, owl = len(concepts()), concepts().index(APPLE), concepts().index(OWL)
     assert labels.tolist() == [
         [nothing] * 6,
         [-100, -100, -100, nothing, nothing, nothing],
@@ -91,9 +91,9 @@ def test_the_judge_names_what_the_contact_sheets_show(name):
     """Tiles of 64 px: every concept in 3d, flat and cartoon style."""
     sheet = Image.open(SAMPLES / f"{name}.png").convert("RGB")
     pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3).permute(2, 0, 1)
-    places = [(i // 18 * 75, i % 18 * 64) for i in range(3 * len(known()))]
+    places = [(i // 18 * 75, i % 18 * 64) for i in range(3 * len(concepts()))]
     tiles = torch.stack([pixels[:, y : y + 64, x : x + 64] for y, x in places]) / 127.5 - 1
-    scenes = [Scene((concept,), style) for concept in known() for style in STYLES]
+    scenes = [Scene((concept,), style) for concept in concepts() for style in STYLES]
     found = verdicts(load_judge(), F.interpolate(tiles, size=(128, 128), mode="bilinear"), scenes)
     assert judging.shares(found)["object"] >= 0.85
 

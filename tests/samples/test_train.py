@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 
 import distill
-from train import Flux, PixArt, save_pipeline, take_over
+from train import Flux, PixArt, masking, save_pipeline, take_over, times
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 
@@ -81,9 +81,41 @@ def test_the_student_starts_as_the_teacher_without_guidance(teacher, monkeypatch
     for guidance in (1.0, 2.0, 3.0):
         monkeypatch.setattr(distill, "GUIDANCE", (guidance, guidance))
         generator = torch.Generator().manual_seed(0)
-        losses.append(distill.distillation_loss(teacher.transformer, student, latents, captions, generator).item())
+        tokens = student.tokens([*captions, ""])
+        losses.append(distill.distillation_loss(teacher.transformer, student, latents, tokens, generator).item())
     assert losses[0] < 1e-10 < losses[1]
     assert losses[2] == pytest.approx(4 * losses[1], rel=1e-3), "the target is uncond + g (cond - uncond)"
+
+
+def test_a_distilled_pipeline_is_distilled_further(teacher, tmp_path):
+    """From its own transformer, with the words of the new teacher."""
+    student = distill.student_of(teacher)
+    torch.nn.init.normal_(student.transformer.time_text_embed.guidance_embedder.linear_2.weight, std=0.1)
+    student.transformer.save_pretrained(tmp_path / "transformer")
+    again = distill.student_of(teacher, tmp_path).transformer.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in student.transformer.state_dict().items())
+
+
+def test_times_of_the_first_steps():
+    """Without early ones, logit-normal with the weight 4 t (1 - t); early ones lie above a half and weigh one."""
+    n, generator = 20_000, torch.Generator().manual_seed(0)
+    t, weight = times(n, 0.0, generator, torch.device("cpu"))
+    assert torch.allclose(weight, 4 * t * (1 - t)) and abs(t.logit().mean()) < 0.03 and abs(t.logit().std() - 1) < 0.03
+    t, weight = times(n, 1.0, generator, torch.device("cpu"))
+    assert t.min() >= 0.5 and t.max() <= 1 and (weight == 1).all()
+    assert abs((t > 0.9).float().mean() - 0.2 ** (1 / 1.5)) < 0.02
+    t, weight = times(n, 0.3, generator, torch.device("cpu"))
+    assert abs((weight == 1).float().mean() - 0.3) < 0.02
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_t5_reads_a_mask_without_looking_at_it_on_the_host(family):
+    model = FAMILIES[family]()
+    encoder = model.text_encoder_2 if family == "flux" else model.text_encoder
+    words = model.tokens(["a red apple, 3d style", "owl"])[1 if family == "flux" else 0]
+    mask = torch.ones_like(words)
+    mask[1, 3:] = 0
+    assert torch.equal(encoder(words, attention_mask=masking(mask))[0], encoder(words, attention_mask=mask)[0])
 
 
 def test_guidance_is_what_the_pipeline_tells_the_student(teacher):
