@@ -144,9 +144,8 @@ def drawings() -> dict[str, dict[str, torch.Tensor]]:
 
 
 @cache
-def drawn(name: str, code: str, side: int) -> torch.Tensor:
+def resized(drawing: torch.Tensor, side: int) -> torch.Tensor:
     """One of `drawings` at this length of its longer side in pixels, [4, h, w]."""
-    drawing = drawings()[name][code]
     h, w = (max(1, round(side * n / max(drawing.shape[1:]))) for n in drawing.shape[1:])
     return F.interpolate(drawing[None], size=(h, w), mode="bilinear", antialias=True, align_corners=False)[0]
 
@@ -183,7 +182,7 @@ def compose(scene: Scene, height: int, width: int, rng: random.Random) -> tuple[
     for concept, (top, left, tall, wide) in zip(scene.subjects, areas, strict=True):
         fits, least = min(tall, wide), 0.6 if scene.relation else 0.45
         side = rng.choice([n for n in SIDES if least * fits <= n <= 0.95 * fits])
-        small = drawn(STYLES.get(scene.style, scene.style), concept.code, side)
+        small = resized(drawings()[STYLES.get(scene.style, scene.style)][concept.code], side)
         if rng.random() < 0.5:
             small = small.flip(-1)
         h, w = small.shape[1:]
