@@ -22,7 +22,7 @@ from growth import draw
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from peers import WITHOUT
-from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell, chosen
+from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell
 from width import flux_dev, summary
 
 from dit_accel.eval.drawing import COLORS, MARKERS, style
@@ -45,13 +45,11 @@ class Quality:
         self.search, self.seconds = (json.loads(path.read_text()) for path in self.files(records, name).values())
         self.rows = rows_of(records, name)
         self.owners = {row["method"]: row["by"] for row in self.search["rows"]}
-        found = chosen(self.search["rows"])
-        self.none = [method for method, rows in found.items() if not rows]
+        reached = {row["method"] for row in self.search["rows"] if statistics.median(row["speedups"]) >= REACHED * TARGETS[0]}
+        self.none = [method for method in self.owners if method not in reached]
         self.without = WITHOUT["flux" if "flux" in name else "pixart"]
         names = {
-            Cell(row["method"], row["setting"]).label: f"{row['method']}, {short(row['setting'])}"
-            for rows in found.values()
-            for row in rows
+            Cell(row["method"], row["setting"]).label: f"{row['method']}, {short(row['setting'])}" for row in self.search["rows"]
         }
         times = pd.DataFrame(self.seconds["rows"]).assign(error=None, comparable=True, cache_bytes=None)
         table = summarize(self.rows, times, score=SCORE, margin=MARGIN).set_index("method")

@@ -121,6 +121,11 @@ def cached(**fixed: Any) -> Put:
     return accelerated(lambda setting: TokenCacheConfig(**fixed | setting))
 
 
+def recipe(pipe: Any, setting: Setting, steps: int) -> Undo:
+    dit_accel.apply(pipe, speedup=setting["speedup"])
+    return lambda: dit_accel.remove(pipe)
+
+
 class Guide:
     """Tells diffusers' caches on PixArt what FluxPipeline tells them itself: the timestep, the context, and where a run begins.
 
@@ -273,6 +278,7 @@ MAG = hooked("apply_mag_cache", "MagCacheConfig", magnitudes)
 DBCACHE, MASK = enabled("DBCacheConfig"), enabled("DBCacheConfig", masked)
 ALL = (
     Method("fewer steps", "stock", FAMILIES, ladder("speedup", *STEPS), lambda *_: lambda: None),
+    Method("recipe", "dit-accel", FAMILIES, ladder("speedup", 1.5, 2, 2.5, 3, 4, 6), recipe),
     Method("token cache, random", "dit-accel", FAMILIES, INTERVALS, cached(cache_ratio=0.9, selector="random")),
     Method("token cache, drift", "dit-accel", FAMILIES, INTERVALS, cached(cache_ratio=0.9, selector="drift")),
     Method("token cache, attention", "dit-accel", FAMILIES, INTERVALS, cached(cache_ratio=0.9, selector="attention")),

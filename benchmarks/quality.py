@@ -1,8 +1,9 @@
-"""How good are pictures that come 1.5, 2, 2.5 and 3 times as soon? Every method on the embedded pipelines, one picture at a time.
+"""How good are pictures that come 1.5 to 4 times as soon? Every method on the embedded pipelines, one picture at a time.
 
     python benchmarks/quality.py search              # finds the settings, on prompts that are not compared
     python benchmarks/quality.py seconds             # times what was found, all methods in turn
     python benchmarks/quality.py pictures            # makes, scores and compares the pictures
+    python benchmarks/quality.py recipes             # writes what came out of ours into the recipes that ship
 
 What the output folder holds already is kept, so an interrupted run goes on. `search` and `seconds` want a machine that does nothing
 else; `pictures` may run in several processes, each with its `--part`. The prompts compared are those of eval/specs/embedded.txt.
@@ -12,15 +13,18 @@ small model then spends besides matrix work (overhead.py) counts against the met
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import recording
 import torch
 import typer
@@ -34,23 +38,21 @@ from dit_accel.eval.prompt_sets import read_prompt_set
 from dit_accel.eval.rewards import load_reward
 from dit_accel.eval.rewards.pictures import open_picture
 from dit_accel.eval.spec import FULL, noise_seed
+from dit_accel.eval.statistics import mean_interval, per_prompt
 from dit_accel.pipelines.generation import Picture, Settings, denoise, settings_for
 from dit_accel.pipelines.loading import load
 from dit_accel.pipelines.pictures import png, write_atomically
 from dit_accel.pipelines.terminal import quiet
+from dit_accel.pipelines.tuning.search import BEST
+from dit_accel.recipe import SHIPPED
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 PIPELINES = ["emoji-flux", "emoji-pixart"]
-TARGETS, REACHED = (1.5, 2.0, 2.5, 3.0), 0.97  # a setting reaches a target if its speed-up is at least this share of it
+TARGETS, REACHED = (1.5, 2.0, 2.5, 3.0, 4.0), 0.97  # a setting reaches a target if its speed-up is at least this share of it
 SCORE = "emoji-reward"
-PROMPTS = read_prompt_set(Path(__file__).parent.parent / "eval" / "specs" / "embedded.txt")
-SEARCH_PROMPTS = [
-    "grapes, flat style",
-    "tiger face, flat style",
-    "cactus, flat style",
-    "pretzel, cartoon style",
-    "pizza, flat style",
-]
+ROOT = Path(__file__).parent.parent
+PROMPTS = read_prompt_set(ROOT / "eval" / "specs" / "embedded.txt")
+SEARCH_PROMPTS = read_prompt_set(ROOT / "pipelines" / "tuning" / "emoji.txt")[:8]  # those on which recipes are searched, too
 assert not set(SEARCH_PROMPTS) & set(PROMPTS)
 
 
@@ -113,7 +115,7 @@ class Bench:
 
 
 def chosen(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By method, the slowest settings that reach the targets, each once, with the `targets` it is for."""
+    """By method, of the settings that reach each target the closest to the pictures in full, each once, with its `targets`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["method"], [])
@@ -121,7 +123,7 @@ def chosen(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         for target in TARGETS:
             fast = [row for row in rows if row["method"] == name and statistics.median(row["speedups"]) >= REACHED * target]
             if fast:
-                best = min(fast, key=lambda row: statistics.median(row["speedups"]))
+                best = max(fast, key=lambda row: statistics.mean(row["psnr"]))
                 same = next((row for row in some if row["setting"] == best["setting"]), None)
                 if same is None:
                     some.append(same := {**best, "targets": []})
@@ -151,7 +153,7 @@ def search(
     dtype: str = Dtype,
     output: Path = Output,
 ) -> None:
-    """Time every setting of every method, and choose the slowest ones that reach the targets."""
+    """Time every setting of every method, and choose the closest ones that reach the targets."""
     for name in pipelines:
         known = recording.rows_of(path := output / name / "search.json")
         if known and not methods:
@@ -159,14 +161,23 @@ def search(
         bench = Bench(name, dtype)
         cells = {cell.label: cell for cell in bench.cells(methods)}
         ratios: dict[str, list[float]] = {label: [] for label in cells}
+        likeness: dict[str, list[float]] = {label: [] for label in cells}
         for number in range(rounds):
-            seconds = {}
+            made: dict[str, list[Picture]] = {}
             for cell, picture in bench.round(list(cells.values()), SEARCH_PROMPTS[number], number):
-                seconds.setdefault(cell.label, []).append(picture.denoising_seconds)
+                made.setdefault(cell.label, []).append(picture)
+            full = statistics.mean(picture.denoising_seconds for picture in made[FULL])
             for label in cells:
-                ratios[label].append(statistics.mean(seconds[FULL]) / seconds[label][0])
+                ratios[label].append(full / made[label][0].denoising_seconds)
+                likeness[label].append(decibels(squared_error(made[FULL][0].image, made[label][0].image)))
         rows = [
-            {"method": cell.name, "by": METHODS[cell.name].by, "setting": cell.setting, "speedups": ratios[label]}
+            {
+                "method": cell.name,
+                "by": METHODS[cell.name].by,
+                "setting": cell.setting,
+                "speedups": ratios[label],
+                "psnr": likeness[label],
+            }
             for label, cell in cells.items()
         ]
         rows += [row for row in known if row["method"] not in methods]
@@ -223,6 +234,38 @@ def pictures(
             path = folder / "pictures" / f"{cells[number].file}-{seed}.parquet"
             if not path.exists():
                 write_table(path, rows_of(bench, cells[number], seed, PROMPTS[:prompts], reward, folder / "full"))
+
+
+@app.command()
+def recipes(
+    pipelines: list[str] = Pipelines,
+    output: Path = Output,
+    folder: Path = typer.Option(SHIPPED, help="Folder of the recipes, a file for each pipeline."),
+) -> None:
+    """Write what came out into the recipes that ship."""
+    for name in pipelines:
+        table = pd.concat([pd.read_parquet(path) for path in sorted((output / name / "pictures").glob("recipe*.parquet"))])
+        times = pd.DataFrame(recording.rows_of(output / name / "seconds.json"))
+        values = {"psnr": per_prompt(table.assign(psnr=table["psnr"].clip(upper=BEST)), "psnr")}
+        values |= {"ssim": per_prompt(table, "ssim"), "score": per_prompt(table, SCORE)}
+        full = times[times["method"] == FULL]
+        content = json.loads((folder / f"{name}.json").read_text())
+        for one in content["recipes"]:
+            label = Cell("recipe", {"speedup": one["speedup"]}).label
+            own = times[times["method"] == label]
+            if own.empty:
+                continue
+            seconds = full.groupby("round")["denoising_seconds"].mean() / own.groupby("round")["denoising_seconds"].mean()
+            one["measured"] = {
+                "flops": round(full["flops"].iloc[0] / own["flops"].iloc[0], 3),
+                "seconds": round(float(seconds.median()), 3),
+                "pictures": int((table["method"] == label).sum()),
+            }
+            for value, by_prompt in values.items():
+                found = mean_interval(by_prompt[label])
+                one["measured"][value] = [round(end, 4 if value == "ssim" else 2) for end in (found.mean, found.low, found.high)]
+        content["measured"] |= {"date": date.today().isoformat(), "machine": recording.processor(), "score": SCORE}
+        write_atomically(folder / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def rows_of(bench: Bench, cell: Cell, seed: int, prompts: list[str], reward: Any, fulls: Path) -> list[dict[str, Any]]:

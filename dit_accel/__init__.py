@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dit_accel.apply import applied, apply, attn_processors, remove
     from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig, load_config
     from dit_accel.how import register_how
+    from dit_accel.recipe import Recipe, recipes
     from dit_accel.report import Report, report
     from dit_accel.when import Place, Progress, register_when
     from dit_accel.which import SelectionContext, register_selector, selectors
@@ -17,6 +18,7 @@ __all__ = [
     "OutputCacheConfig",
     "Place",
     "Progress",
+    "Recipe",
     "Report",
     "SelectionContext",
     "TokenCacheConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "apply",
     "attn_processors",
     "load_config",
+    "recipes",
     "register_how",
     "register_selector",
     "register_when",
@@ -32,7 +35,7 @@ __all__ = [
     "report",
     "selectors",
 ]
-_MODULES = ("apply", "config", "how", "report", "when", "which")
+_MODULES = ("apply", "config", "how", "recipe", "report", "when", "which")
 
 
 class _Package(ModuleType):

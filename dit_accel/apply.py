@@ -10,9 +10,10 @@ import torch
 
 from dit_accel import doubts
 from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
+from dit_accel.recipe import Recipe, choose
 
 Model = TypeVar("Model")
-Config = TokenCacheConfig | TokenMergeConfig | OutputCacheConfig
+Config = TokenCacheConfig | TokenMergeConfig | OutputCacheConfig | Recipe
 Configs = Config | str | Sequence[Config | str]
 LOG = logging.getLogger("dit_accel")
 
@@ -40,13 +41,23 @@ def applied_to(model: Any) -> Any:
     return vars(transformers_of(model)[0]).get("_dit_accel")
 
 
-def apply(model: Model, config: Configs, *, record: bool = False) -> Model:
+def apply(
+    model: Model,
+    config: Configs | None = None,
+    *,
+    speedup: float | None = None,
+    min_psnr: float | None = None,
+    record: bool = False,
+) -> Model:
     """Compute only some tokens from now on. Whatever was applied before is replaced; after an error, nothing stays applied by half.
 
     Args:
         model: a pipeline of diffusers or its transformer; FLUX or PixArt for token caching and merging.
-        config: what to compute, or the name of a preset (see `TokenCacheConfig.preset`); of caching and merging together, merging
-            works on the full steps.
+        config: what to compute, or the name of a preset (see `TokenCacheConfig.preset`), or one of `recipes`; of caching and
+            merging together, merging works on the full steps.
+        speedup: in place of a configuration: the closest recipe that is at least so fast. Without a recipe for this model, the
+            output is forecast wherever the error that the last full steps had allows it, for about this speed.
+        min_psnr: in place of a configuration: the fastest recipe that was measured to be at least so close, in dB.
         record: whether `report` shall also tell which tokens were computed.
 
     Returns:
@@ -54,17 +65,27 @@ def apply(model: Model, config: Configs, *, record: bool = False) -> Model:
 
     Raises:
         TypeError: for a model or a configuration that is not supported.
-        ValueError: for a selector or an option that this family has no use for.
+        ValueError: for a selector or an option that this family has no use for, or a speed or likeness that no recipe has.
         RuntimeError: when something else that cannot be combined is active; the message says what to switch off.
     """
+    if [config, speedup, min_psnr].count(None) < 2:
+        raise TypeError("Give either a configuration, or speedup, or min_psnr.")
+    if speedup is not None or min_psnr is not None:
+        config = choose(model, speedup, min_psnr)
+        if not isinstance(config, Recipe) or config.measured is None:
+            warnings.warn(
+                f"Nothing was measured on this model: {config}. `dit-accel tune` searches and measures recipes for it.",
+                doubts.DoubtWarning,
+                stacklevel=2,
+            )
     _attach(model, config, record, processors_only=False)
     return model
 
 
 @contextlib.contextmanager
-def applied(model: Model, config: Configs, *, record: bool = False) -> Iterator[Model]:
+def applied(model: Model, config: Configs | None = None, **more: Any) -> Iterator[Model]:
     """`apply` for a `with` block, at the end of which, also after an error, everything is put back as it was: `remove`."""
-    apply(model, config, record=record)
+    apply(model, config, **more)
     try:
         yield model
     finally:
@@ -95,6 +116,8 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> lis
     from dit_accel.families.table import lookup
 
     given, found = _listed(config), transformers_of(model)
+    recipe = given[0] if len(given) == 1 and isinstance(given[0], Recipe) else None
+    given = [recipe.config] if recipe is not None else given
     kinds = [type(part) for part in given]
     for transformer in found:
         hook.refuse_other_caches(transformer)
@@ -103,7 +126,7 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> lis
             raise ValueError("record tells which tokens a TokenCacheConfig computes; leave it out with an OutputCacheConfig.")
         from dit_accel.model_scope import ModelScope
 
-        engines: list[Any] = [ModelScope(given[0], transformer) for transformer in found]
+        engines: list[Any] = [ModelScope(given[0], transformer, recipe) for transformer in found]
     elif kinds and set(kinds) <= {TokenCacheConfig, TokenMergeConfig} and len(set(kinds)) == len(kinds):
         from dit_accel.module_scope import ModuleScope
 
@@ -113,7 +136,7 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> lis
     else:
         raise TypeError(
             "The configuration must be a TokenCacheConfig, a TokenMergeConfig, or a list of one of each; or an OutputCacheConfig "
-            f"alone; not {', '.join(kind.__name__ for kind in kinds) or 'empty'}."
+            f"or a Recipe alone; not {', '.join(kind.__name__ for kind in kinds) or 'empty'}."
         )
     for part in given:
         for sentence in doubts.of_options(part) + doubts.of_model(part, lookup(found[0])):

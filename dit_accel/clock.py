@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dit_accel import spaces
+
 # How transformers are told the time that their scheduler calls t.
 ARGUMENTS: tuple[Callable[[float], float], ...] = (lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000)
 AGAIN = "the transformer was called again at the same timestep with the same text"
@@ -42,6 +44,8 @@ class Moment:
     time: float  # as the transformer is told it
     steps: int | None  # of the whole run; None if unknown
     times: tuple[float, ...] = ()  # of all steps; empty if unknown
+    levels: tuple[tuple[float, float], ...] = ()  # alpha and sigma of all steps, as the scheduler has them; empty if unknown
+    predicts: str = ""  # what the transformer predicts: a key of spaces.IMPLIED
 
 
 @dataclass(eq=False)
@@ -65,6 +69,8 @@ class Clock:
     _signature: tuple[Any, ...] = ()
     _timesteps: Any = None  # the scheduler's own, kept so that no other can be taken for it
     _times: tuple[float, ...] = ()  # as the transformer is told them
+    _levels: tuple[tuple[float, float], ...] = ()  # likewise
+    _predicts: str = ""
     _driven: bool = False  # by the scheduler
     _told: bool = False  # whether the transformer is told what ARGUMENTS makes of the scheduler's times
     _start: int = 0  # index of the run's first step
@@ -112,8 +118,11 @@ class Clock:
         if branch is None:
             self._branches.append(branch := _Branch(name, text, versions, self._step, time))
         branch.text, branch.versions, branch.step, branch.time, branch.again = text, versions, self._step, time, again
-        times = self._times[self._start :] if index is not None else ()
-        return Moment(begins, not known, self._branches.index(branch), self._step, time, len(times) or None, times)
+        place, number = self._branches.index(branch), self._step
+        if index is None:
+            return Moment(begins, not known, place, number, time, None)
+        times, levels = self._times[self._start :], self._levels[self._start :]
+        return Moment(begins, not known, place, number, time, len(times), times, levels, self._predicts)
 
     def _index(self, call: Call) -> tuple[int | None, str]:
         """The scheduler's step, or None where it cannot be trusted; and why a run begins, where that is seen from it."""
@@ -123,6 +132,7 @@ class Clock:
             return None, ""
         if timesteps is not self._timesteps:
             self._timesteps, self._times, self._driven = timesteps, tuple(map(float, timesteps.tolist())), True
+            self._levels, self._predicts = spaces.levels_of(scheduler, list(self._times)), spaces.predicted_by(scheduler)
             why = ANEW
         if not self._driven:
             return None, why

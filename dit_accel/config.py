@@ -201,7 +201,7 @@ class OutputCacheConfig(Options):
     """A forecast of the transformer's output between full steps, for any transformer of diffusers.
 
     *When* is everything computed: full_steps, interval, warmup_steps, tolerance, when; the unconditional branch: guidance_steps.
-    *How* the rest is forecast: how, order, guidance_order, damping. *Which* tokens are computed between full steps:
+    *How* the rest is forecast: how, space, order, guidance_order, damping, correct. *Which* tokens are computed between full steps:
     compute_ratio, selector, attention, seed.
 
     Raises:
@@ -248,9 +248,23 @@ class OutputCacheConfig(Options):
         0,
         MOST,
     )
+    space: str = option(
+        "output",
+        "What is forecast: the output, over time; or, with data, the picture that it implies at its noise level, over the "
+        "logarithm of signal over noise, as DPM-Solver++ does (Lu et al., arXiv 2211.01095).",
+        choices=("output", "data"),
+    )
     guidance_order: int = option(0, "The same as order, for the difference of the guidance branches.", 0, MOST)
     damping: float | tuple[float, ...] = option(
         1.0, "Weight of the forecast; the rest repeats the last output. One number, or one for every interval.", 0, 2
+    )
+    correct: float | tuple[float, ...] = option(
+        0.0,
+        "Share of the forecasts' error that the next full step makes up for: what steps before should have added to the picture "
+        "is interpolated, and the difference added to its output, as by the corrector of UniPC (Zhao et al., arXiv 2302.04867). "
+        "Exact with Euler's method for flow matching, elsewhere about. One number, or one for every interval.",
+        0,
+        2,
     )
     compute_ratio: float = option(0.0, "Share of the image tokens computed between full steps, the same in all layers.", 0, 1)
     selector: str | Callable[..., Any] = option("random", SELECTOR, known=_selector)
@@ -271,6 +285,10 @@ class OutputCacheConfig(Options):
             raise ValueError("guidance_steps must be a whole number of at least 1, not 0; or numbers of steps.")
         if sum(value is not None for value in (self.full_steps, self.tolerance, self.when)) > 1:
             raise ValueError("full_steps, tolerance and when each say when a step is full; give one of them.")
+        if self.compute_ratio and (any(each(self.correct)) or self.space == "data"):
+            raise ValueError("correct and space='data' are about steps that are forecast as a whole; leave compute_ratio at 0.")
+        if self.space == "data" and self.how == "logit":
+            raise ValueError("space='data' takes the logarithm of signal over noise for the time already; leave how='logit' out.")
 
 
 def load_config(path: str | os.PathLike[str]) -> Options:

@@ -82,17 +82,17 @@ def of_model(config: Any, family: Any) -> list[str]:
     return said
 
 
-def of_run(config: Any, steps: int | None, given: Collection[str] | None = None, few: bool = False) -> list[str]:
+def of_run(config: Any, steps: int | None, given: Collection[str] | None = None, few: bool | None = None) -> list[str]:
     """About a configuration in a run of so many steps, None if unknown.
 
     Args:
         given: as for `of_options`.
-        few: whether the model was made for few steps.
+        few: whether the model was made for few steps; if that is not known, the number of steps tells.
     """
     said: list[str] = []
     if steps is None or steps == 1 or (isinstance(config, TokenCacheConfig) and (config.interval == 1 or config.cache_ratio == 0)):
         return said
-    if (few or steps <= FEW) and not isinstance(config, TokenMergeConfig):
+    if (steps <= FEW if few is None else few) and not isinstance(config, TokenMergeConfig):
         said.append(f"With {FEW} steps or fewer, or a model made for so few, little can be reused without showing.")
     if config.warmup_steps >= steps:
         said.append(f"warmup_steps={config.warmup_steps} covers all {steps} steps: nothing is left out of any.")

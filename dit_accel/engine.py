@@ -10,6 +10,7 @@ import torch
 from dit_accel import doubts, store
 from dit_accel.clock import Call, Moment
 from dit_accel.plan import Record, StepPlan, Todo
+from dit_accel.recipe import Recipe
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Engine:
         self.inputs: dict[int, dict[str, Any]] = {}  # of each branch, for counting FLOPs
         self.selections: list[tuple[int, str, int, torch.Tensor]] = []  # call, stream, layer, index [1 or B, k]
         self.run, self.warned = Run(), False
+        self.recipe: Recipe | None = None  # that the configuration is of
         self.configs: tuple[Any, ...] = ()  # as they were given
         self.told: set[str] = set()  # doubts
 
@@ -63,11 +65,15 @@ class Engine:
         """A run begins with this call, whose arguments are given by name."""
         self.end()
         self.calls, self.inputs, self.selections, self.run = [], {}, [], Run()
-        said = [sentence for config in self.configs for sentence in doubts.of_run(config, moment.steps)]
-        for sentence in said:
+        if self.recipe is None:
+            self.tell([sentence for config in self.configs for sentence in doubts.of_run(config, moment.steps)])
+
+    def tell(self, sentences: list[str]) -> None:
+        """Warn of each once."""
+        for sentence in sentences:
             if sentence not in self.told:
                 warnings.warn(sentence, doubts.DoubtWarning, stacklevel=2)
-        self.told.update(said)
+        self.told.update(sentences)
 
     def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
         """How a call is answered."""

@@ -21,6 +21,7 @@ Weights = Callable[[Sequence[float], float, int], list[float]]
 
 HOW: dict[str, Weights] = {}
 MOST = 3  # the highest order
+END = 1e-3  # the least time from either end that logit tells from it
 
 
 def register_how(name: str | Weights | None = None) -> Callable[..., Any]:
@@ -59,6 +60,19 @@ def reuse(times: Sequence[float], now: float, order: int) -> list[float]:
 def polynomial(times: Sequence[float], now: float, order: int) -> list[float]:
     """The polynomial through the last order + 1 values (Lagrange); order 1 is the line through two."""
     return [math.prod((now - other) / (time - other) for j, other in enumerate(times) if j != i) for i, time in enumerate(times)]
+
+
+@register_how("logit")
+def logit(times: Sequence[float], now: float, order: int) -> list[float]:
+    """As polynomial, in the logarithm of signal over noise of flow matching instead of the time."""
+    most = 1000.0 if max(now, *times) > 1 else 1.0
+
+    def level(time: float) -> float:
+        share = min(max(time / most, END), 1 - END)
+        return math.log((1 - share) / share)
+
+    weights: list[float] = polynomial([level(time) for time in times], level(now), order)
+    return weights
 
 
 @register_how("taylor")

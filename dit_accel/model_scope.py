@@ -5,6 +5,7 @@ where the family is described in families/.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from dit_accel import store, which
+from dit_accel import spaces, store, which
 from dit_accel.clock import Call, Moment
 from dit_accel.config import OutputCacheConfig, each
 from dit_accel.engine import Engine
@@ -21,6 +22,7 @@ from dit_accel.families.rows import UNCONDITIONAL_FIRST
 from dit_accel.families.table import lookup
 from dit_accel.packed import Packed
 from dit_accel.plan import Past, StepPlan, Todo, difference, forecast, guided, rule, step_plan
+from dit_accel.recipe import Recipe
 from dit_accel.steps import Memory
 from dit_accel.subset import subset_check
 from dit_accel.tokens import Selection
@@ -37,6 +39,7 @@ class Branch:
     past: Past = field(default_factory=Past)
     outputs: list[list[Any]] = field(default_factory=list)  # of full steps; of batched guidance, their half
     differences: list[list[Any]] = field(default_factory=list)  # conditional less unconditional
+    added: list[Any] | None = None  # what the last call made up for
     latest: tuple[int, Mode, list[Any]] | None = None  # step, mode and output of the last call, for the other branch
     conditional: tuple[int, Mode, list[Any]] | None = None  # that of the other branch
     tokens: Memory = field(default_factory=Memory)  # instead of outputs, where some tokens are computed
@@ -44,17 +47,26 @@ class Branch:
     spec: TreeSpec | None = None  # the nest of an output's leaves
 
     def kept(self) -> Any:
-        return self.outputs, self.differences, self.latest, self.tokens.outputs, self.tokens.features, self.tokens.observed
+        return (
+            self.outputs,
+            self.differences,
+            self.added,
+            self.latest,
+            self.tokens.outputs,
+            self.tokens.features,
+            self.tokens.observed,
+        )
 
 
 class ModelScope(Engine):
     """The forecast, packed steps, and the guidance branch on its own list of steps; raises what `dit_accel.apply` raises."""
 
-    def __init__(self, config: OutputCacheConfig, transformer: Any) -> None:
+    def __init__(self, config: OutputCacheConfig, transformer: Any, recipe: Recipe | None = None) -> None:
         name, family = type(transformer).__name__, lookup(transformer)
         if not hasattr(transformer, "config"):
             raise TypeError(f"{name} is not a transformer of diffusers.")
         super().__init__(transformer)
+        self.recipe = recipe
         self.config, self.rule, self.family, self.packed = config, rule(config), family, None
         self.order = UNCONDITIONAL_FIRST if family is None else family.batched_guidance  # of guidance in one batch
         if config.compute_ratio:
@@ -89,6 +101,13 @@ class ModelScope(Engine):
 
     def begin(self, moment: Moment, call: Call, given: dict[str, Any]) -> None:
         super().begin(moment, call, given)
+        if self.recipe is not None:
+            self.config = self.recipe.at(moment.times)
+            self.rule = rule(self.config)
+            if self.config is not self.recipe.config:
+                self.tell(
+                    [f"The {self.recipe.model} recipe is for other steps; its full steps are spread over these {moment.steps}."]
+                )
         latents, name = call.latents, getattr(call.context, "name", None)
         if self.config.guidance_steps is not None:
             if isinstance(name, str) and name.startswith(UNCONDITIONAL):
@@ -107,6 +126,20 @@ class ModelScope(Engine):
 
     def new_branch(self) -> Branch:
         return Branch()
+
+    def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
+        if self.config.space == "data":
+            if not moment.levels or moment.predicts not in spaces.IMPLIED:
+                raise ValueError(
+                    "space='data' needs a scheduler that tells the noise of every step; call the pipeline that dit_accel.apply was "
+                    "given, or use space='output'."
+                )
+            signs = [moment.times[-1] - moment.times[0], moment.levels[-1][1] - moment.levels[0][1]]
+            turned = moment.predicts == "flow_prediction" and signs[0] * signs[1] < 0  # Z-Image, Lumina 2
+            times = tuple(math.log(alpha / sigma) for alpha, sigma in moment.levels)
+            predicts = "reversed" if turned else moment.predicts
+            moment = replace(moment, time=times[moment.step], times=times, predicts=predicts)
+        return super().answer(moment, call, given)
 
     def plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:
         branch.conditional = self._conditional(moment, call)
@@ -152,17 +185,33 @@ class ModelScope(Engine):
             leaves = output
             if instead is None:
                 leaves, branch.spec = tree_flatten(output)
-            leaves = self._answer(plan, branch, moment, leaves)
+            leaves = self._answer(plan, branch, moment, call, leaves)
             branch.conditional = None
             if 0 < moment.branch == max(self.branches):  # nobody asks any more
-                self.branches[0].latest = None
+                self.branches[0].latest = self.branches[0].added = None
             assert branch.spec is not None
             return tree_unflatten(leaves, branch.spec)
 
         return Todo(instead, change, within, then)
 
-    def _answer(self, plan: StepPlan, branch: Branch, moment: Moment, leaves: list[Any]) -> list[Any]:
+    def _answer(self, plan: StepPlan, branch: Branch, moment: Moment, call: Call, leaves: list[Any]) -> list[Any]:
         """The output's leaves, of those that the model returned, or that were forecast in its place."""
+        known, full, data = leaves, plan.mode is Mode.FULL, self.config.space == "data"
+        if data:
+            latents = list(call.latents) if isinstance(call.latents, (list, tuple)) else [call.latents]
+            numbers = spaces.IMPLIED[moment.predicts](*moment.levels[moment.step])
+            if full:
+                known = store.paired(lambda leaf, x: spaces.implied(leaf, x, numbers), leaves, latents)
+        answer = self._uncorrected(plan, branch, moment, known)
+        added = (branch if branch.conditional is None else self.branches[0]).added
+        many = 2 if self.run.halves else 1  # both halves of guidance alike: their difference stays
+        if added is not None:
+            answer = store.paired(lambda a, b: a + torch.cat([b] * many), answer, added)
+        elif answer is known and full:
+            return leaves
+        return store.paired(lambda leaf, x: spaces.output_of(leaf, x, numbers), answer, latents) if data else answer
+
+    def _uncorrected(self, plan: StepPlan, branch: Branch, moment: Moment, leaves: list[Any]) -> list[Any]:
         full = plan.mode is Mode.FULL
         if branch.conditional is not None:
             conditional = branch.conditional[2]
@@ -174,6 +223,7 @@ class ModelScope(Engine):
         if half and full and not plan.difference:
             unconditional, leaves = (store.paired(lambda leaf, i=i: leaf.chunk(2)[i], leaves) for i in (0, 1))
             self._differ(branch, moment, leaves, unconditional)
+        branch.added = store.combined([leaves, *branch.outputs], plan.correction) if plan.correction else None
         if full:
             self._remember(branch, moment, leaves)
         if half:
@@ -202,9 +252,12 @@ class ModelScope(Engine):
         else:  # which has remembered the output's rows
             past.number += past.times[:1] != branch.tokens.times[:1]
             past.times = list(branch.tokens.times)
+        past.step = moment.step
         progress = Progress(moment.step, moment.steps, moment.times, past.number, error, distance, order)
         past.next_full = moment.step + self.rule(progress)
 
     def free(self, branch: Branch) -> None:
         branch.outputs, branch.differences, branch.tokens, branch.selection = [], [], Memory(), None
-        branch.past, branch.latest = Past(number=branch.past.number), branch.latest if len(self.branches) > 1 else None
+        branch.past = Past(number=branch.past.number)
+        if len(self.branches) == 1:  # otherwise the other one asks for these
+            branch.latest = branch.added = None

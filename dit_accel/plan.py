@@ -1,9 +1,12 @@
 """What a call computes, decided from the configuration and the clock alone: no features, no model, no device."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from dit_accel import how, when
 from dit_accel.clock import Moment
@@ -30,6 +33,7 @@ class Past:
     number: int = 0  # of full steps in this run
     next_full: int = 0  # number of the next full step
     matched: dict[int, int] = field(default_factory=dict)  # by group of layers, when it was matched
+    step: int = 0  # number of the last full step
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class StepPlan:
     plain: tuple[int, ...] = ()  # sites, by their place, that are computed as if nothing were applied
     merged: int = 0  # image tokens merged into others in every merging layer
     matched: tuple[Matched, ...] = ()  # how, layer by layer
+    correction: tuple[float, ...] = ()  # of a full step's output and of what is remembered, newest first, to be added to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +77,9 @@ def step_plan(config: OutputCacheConfig, moment: Moment, past: Past, tokens: int
     """The plan at model scope for a call of this branch, which has this past; `tokens` can be selected."""
     following = difference(config, moment.time, past)
     if moment.fresh or not past.times or moment.step >= past.next_full:
-        steps = config.guidance_steps
-        return StepPlan(Mode.FULL, (), () if steps is None or guided(steps, moment.step, past.number) else following)
+        steps, corrected = config.guidance_steps, () if moment.fresh else correction(config, moment, past)
+        following = () if steps is None or guided(steps, moment.step, past.number) else following
+        return StepPlan(Mode.FULL, correction=corrected, difference=following)
     counts = (when.tokens_to_compute(config.compute_ratio, tokens),) if tokens else ()
     return StepPlan(Mode.PARTIAL, forecast(config, moment.time, past), following, float(bool(tokens)), counts, tokens)
 
@@ -135,8 +141,38 @@ def matchings(merge: TokenMergeConfig, step: int, past: Past, layout: Layout) ->
 
 def forecast(config: OutputCacheConfig, now: float, past: Past) -> tuple[float, ...]:
     """Weights of the remembered outputs for a forecast in the interval after the last full step."""
-    order, damping = (each(values)[min(past.number, len(each(values))) - 1] for values in (config.order, config.damping))
+    order, damping = int(within(config.order, past)), within(config.damping, past)
     return tuple(how.coefficients(config.how, past.times, now, order, damping))
+
+
+def within(values: float | tuple[float, ...], past: Past) -> float:
+    """That of values, one for all intervals or one for each, the last of which stays, which the interval has that a step is in."""
+    return float(each(values)[min(past.number, len(each(values))) - 1])
+
+
+def correction(config: OutputCacheConfig, moment: Moment, past: Past) -> tuple[float, ...]:
+    """Weights of a full step's own output, and of those remembered, for what makes up for the forecasts since the last full step.
+
+    What they moved the picture by, step by step, is compared with what outputs interpolated between both full steps would have;
+    the step from here, if long enough, makes up for the difference.
+    """
+    now, times = moment.step, moment.times
+    if not any(each(config.correct)) or not times or now - past.step < 2 or not past.times:
+        return ()
+    if config.space == "data":  # whose steps are long by the ratio of signal to noise
+        steps = (*map(math.exp, times), math.inf)
+    else:
+        steps = (*times, 0.0 if times[0] > times[-1] else 1000.0 if times[-1] > 1 else 1.0)
+    axis = "logit" if config.how == "logit" else "polynomial"
+    missing = np.zeros(1 + len(past.times))
+    for step in range(past.step, now):
+        ahead = steps[step + 1] - steps[step]
+        meant = how.coefficients(axis, (moment.time, past.times[0]), times[step], 1)
+        moved = (0.0, *(forecast(config, times[step], past) if step > past.step else (1.0,)))
+        missing[:2] += ahead * np.array(meant)
+        missing[: len(moved)] -= ahead * np.array(moved)
+    weights: list[float] = (within(config.correct, past) * missing / (steps[now + 1] - steps[now])).tolist()
+    return tuple(weights)
 
 
 def difference(config: OutputCacheConfig, now: float, past: Past) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from dit_accel.apply import transformers_of
 from dit_accel.plan import Record
+from dit_accel.recipe import Recipe
 from dit_accel.when import Mode
 
 if TYPE_CHECKING:
@@ -40,11 +41,13 @@ class Report:
         calls: every call of the transformer, in order; of two transformers, one's after the other's.
         grid: height and width of the picture in tokens.
         selections: which tokens were computed, if `apply` was asked to record them.
+        recipe: that ran, if one did.
     """
 
     calls: tuple[Record, ...]
     grid: tuple[int, int]
     selections: tuple[Selection, ...]
+    recipe: Recipe | None
     _counters: tuple[Any, ...]  # one for each transformer
 
     @property
@@ -124,8 +127,9 @@ class Report:
         if not self.calls:
             return "No run yet: call the pipeline first."
         height, width = self.grid
+        made = f"By the {self.recipe}.\n" if self.recipe is not None else ""
         merged = f"Up to {self.tokens_merged} of {height * width} image tokens were merged into others in every layer.\n"
-        return (merged if self.tokens_merged else "") + (
+        return f"{made}{merged if self.tokens_merged else ''}" + (
             f"{self.full_steps} full and {self.partial_steps} partial calls; a partial call computed {self.tokens_share:.1%} of "
             f"its tokens; {self.flops_ratio:.2f} times fewer FLOPs; the cache held up to {self.cache_bytes / 2**20:.1f} MiB."
         )
@@ -153,4 +157,4 @@ def report(model: Any) -> Report:
         raise RuntimeError("Nothing is applied to this model; call dit_accel.apply first.")
     calls = tuple(replace(call, transformer=i) for i, engine in enumerate(engines) for call in engine.calls)
     made = tuple(Selection(*selection) for selection in engines[0].selections)
-    return Report(calls, engines[0].run.grid, made, tuple(map(FlopCounter, engines)))
+    return Report(calls, engines[0].run.grid, made, engines[0].recipe, tuple(map(FlopCounter, engines)))

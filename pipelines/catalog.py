@@ -39,8 +39,8 @@ class Entry:
 CATALOG: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("emoji-flux", "FluxPipeline", "small FLUX trained on emoji, no download", 28, 1.0, 128, 16, embedded=True),
-        Entry("emoji-pixart", "PixArtSigmaPipeline", "small PixArt trained on emoji, no download", 20, 3.0, 128, 16, embedded=True),
+        Entry("emoji-flux", "FluxPipeline", "small FLUX trained on emoji, no download", 28, 3.5, 128, 24, embedded=True),
+        Entry("emoji-pixart", "PixArtSigmaPipeline", "small PixArt trained on emoji, no download", 20, 3.0, 128, 24, embedded=True),
         Entry("black-forest-labs/FLUX.1-dev", "FluxPipeline", "12 B parameters, gated", 50, 3.5, 1024, 512, alias="flux-dev"),
         Entry(
             "black-forest-labs/FLUX.1-schnell",

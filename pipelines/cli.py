@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dit_accel.pipelines import lists, options
+from dit_accel.pipelines.asked import asked_for, loaded, replay
 from dit_accel.pipelines.extras import start
 from dit_accel.pipelines.terminal import err, plain_errors, quiet, show, usage, version_option
+from dit_accel.pipelines.tuning.command import tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,44 +26,6 @@ app = typer.Typer(
 @app.callback()
 def root(version: Annotated[bool, version_option("dit-accel")] = False) -> None:
     pass
-
-
-def asked_for(prompts: list[str] | None, file: Path | None = None, config: Path | None = None) -> list[str]:
-    """The prompts on the command line and of a file; without either that of a picture made before. BadParameter if wrong."""
-    from dit_accel.pipelines.prompt_sets import is_prompt, read_prompt_set
-
-    found = list(prompts or [])
-    with usage():
-        if file:
-            found += read_prompt_set(file)
-        elif config and not found:
-            from dit_accel.pipelines.pictures import read_record
-
-            found = [read_record(config)["prompt"]]
-    if not found or not all(map(is_prompt, found)):
-        raise typer.BadParameter(
-            'Give at least one prompt, and none that is empty, as in: dit-accel generate "red apple, 3d style".'
-        )
-    return found
-
-
-def loaded(log: Console, pipeline: str, *machine: str) -> Any:
-    """A pipeline, announced while it is loaded; BadParameter if it does not exist."""
-    from dit_accel.pipelines.loading import load
-    from dit_accel.pipelines.progress import loading
-
-    with usage(), loading(log, pipeline):
-        return load(pipeline, *machine)
-
-
-def replay(context: typer.Context, path: Path | None) -> Path | None:
-    """What a picture was made with takes the place of the options' defaults."""
-    if path is not None:
-        from dit_accel.pipelines.replay import defaults_of
-
-        with usage():
-            context.default_map = defaults_of(path)
-    return path
 
 
 @app.command()
@@ -93,6 +56,14 @@ def generate(
             "full steps."
         ),
     ] = options.Method.token_cache,
+    speedup: Annotated[
+        float | None,
+        typer.Option(help="In place of a method: the closest recipe for this pipeline that makes it at least so much faster."),
+    ] = None,
+    min_psnr: Annotated[
+        float | None,
+        typer.Option(help="In place of a method: the fastest recipe that was measured to be so like the uncached picture, in dB."),
+    ] = None,
     selector_file: options.SelectorFile = None,
     preset: options.Preset = None,
     steps: options.Steps = None,
@@ -118,6 +89,8 @@ def generate(
 
       dit-accel generate "red apple, 3d style"
 
+      dit-accel generate "red apple, 3d style" --speedup 3 --compare
+
       dit-accel generate "tiger face" "crab" --num-images 4 --compare
 
       dit-accel generate --prompts-file prompts.txt --pipeline emoji-pixart --interval 3 --cache-ratio 0.7
@@ -134,6 +107,9 @@ def generate(
     """
     knobs |= dict(preset=preset, selector_file=selector_file)
     given = options.given(context, knobs)
+    if by_recipe := speedup is not None or min_psnr is not None:
+        options.refuse_beside_recipe(speedup, min_psnr, {**given, **options.given(context, {"method": method})})
+        method = options.Method.output_cache
     options.refuse_idle(method, given)
     if method is options.Method.none and compare:
         raise typer.BadParameter("--compare needs a method other than none.")
@@ -146,7 +122,7 @@ def generate(
         from dit_accel.pipelines.pictures import check_folder
 
         quiet()
-        configs = options.configured(method, given if preset else knobs)
+        configs = options.configured(method, {} if by_recipe else given if preset else knobs)
         refuse_unused(configs, given)
         with usage(options.SETTINGS):
             understand(dtype, device, offload)
@@ -156,6 +132,12 @@ def generate(
         asked = dict(steps=steps, guidance=guidance, seed=seed, num_images=num_images, batch_size=batch_size)
         with usage(options.SETTINGS):
             settings = settings_for(pipe, pipeline, height=height, width=width, **asked)
+        if by_recipe:
+            from dit_accel.pipelines.generation import recipe_of
+
+            with usage():
+                said, configs = recipe_of(pipe, speedup, min_psnr, settings.steps)
+            log.print(said, soft_wrap=True, highlight=False)
         with usage(options.flags_of(*method.parts)):
             check(pipe, configs)
         tell = (lambda record: typer.echo(json.dumps(record))) if as_json else (lambda record: None)
@@ -237,7 +219,7 @@ def inspect(
             show(draw(pipe, pipeline, prompt, chosen, settings, output, log), as_json)
 
 
-for command in (lists.pipelines, lists.selectors, lists.families):
+for command in (tune, lists.pipelines, lists.selectors, lists.families):
     app.command()(command)
 
 

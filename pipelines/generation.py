@@ -18,6 +18,7 @@ from dit_accel.doubts import DoubtWarning
 from dit_accel.pipelines.catalog import find
 from dit_accel.pipelines.methods import Config, first_partial_step
 from dit_accel.pipelines.prompts import t5_tokenizer
+from dit_accel.recipe import Recipe, choose
 from dit_accel.when import Mode
 
 OnStep = Callable[[], None]
@@ -97,6 +98,17 @@ def settings_for(pipe: Any, name_or_path: str, **given: Any) -> Settings:
             f"height and width must be multiples of {token} for this pipeline, not {settings.height} and {settings.width}."
         )
     return settings
+
+
+def recipe_of(pipe: Any, speedup: float | None, min_psnr: float | None, steps: int) -> tuple[str, list[Config]]:
+    """What `dit_accel.apply` with these chooses for a run of so many steps, and a line about it; raises what `apply` raises."""
+    chosen = choose(pipe, speedup, min_psnr)
+    if not isinstance(chosen, Recipe):
+        return "No recipe is known for this pipeline; its output is forecast where past errors allow it. See dit-accel tune.", [
+            chosen
+        ]
+    said = f"By the {chosen}" + (f", spread over {steps} steps" if steps != len(chosen.levels) else "")
+    return f"{said}.", [chosen.of(steps)]
 
 
 def call_arguments(pipe: Any, settings: Settings, on_step: OnStep) -> dict[str, Any]:

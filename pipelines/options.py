@@ -167,6 +167,15 @@ def refuse_idle(method: Method, given: dict[str, Any]) -> None:
             raise typer.BadParameter(f"{written(name)} needs --method {' or '.join(able)}, not {method.value}.")
 
 
+def refuse_beside_recipe(speedup: float | None, min_psnr: float | None, given: dict[str, Any]) -> None:
+    """BadParameter for an option of a method beside a recipe, which has its own."""
+    if speedup is not None and min_psnr is not None:
+        raise typer.BadParameter("Give either --speedup or --min-psnr.")
+    if other := next((name for name, value in given.items() if value is not None), None):
+        asked = "--speedup" if speedup is not None else "--min-psnr"
+        raise typer.BadParameter(f"{written(other)} would change the recipe that {asked} asks for; leave one of them out.")
+
+
 def given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     """Those of a command's options that were written on the command line, whatever --config says of the others."""
     sources = {name: context.get_parameter_source(name) for name in values}

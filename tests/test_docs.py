@@ -54,7 +54,7 @@ def test_the_example_of_flux_dev_runs(tiny_flux, monkeypatch, capsys, tmp_path):
     for way in (code, re.sub(r"pipe\.to\(.*instead: ", "", code)):
         exec(compile(way, "README.md", "exec"), {})
     assert loaded == [((best.name,), dict(dtype=torch.bfloat16))] * 2 and placed == ["cuda", "offloaded"]
-    assert (tmp_path / "tiger.png").is_file() and "14 full and 36 partial calls" in capsys.readouterr().out
+    assert (tmp_path / "tiger.png").is_file() and "17 full and 33 partial calls" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "samples").glob("*.md")], ids=lambda page: page.stem)

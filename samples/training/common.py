@@ -1,4 +1,4 @@
-"""What the training scripts share: resumable checkpoints and sample sheets."""
+"""What the training scripts share: resumable checkpoints, the autoencoder and sample sheets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 
 
@@ -22,6 +23,11 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
     return torch.load(path, device, weights_only=True) if path.exists() else None
+
+
+def open_vae(path: Path, device: str = "cpu") -> AutoencoderTiny:
+    """The autoencoder in the layout that convolutions like."""
+    return AutoencoderTiny.from_pretrained(path).to(device, memory_format=torch.channels_last).eval()
 
 
 def write_json(path: Path, content: Any) -> None:

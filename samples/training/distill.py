@@ -19,10 +19,11 @@ import torch.nn.functional as F
 import typer
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
+from common import open_vae
 from data import WORK
 from generate import open_pipeline
 from loop import Text, run
-from train import Flux, open_vae, places, save_pipeline, sheets, times
+from train import Flux, places, save_pipeline, sheets, times
 
 GUIDANCE = (1.0, 6.0)
 EARLY = 0.3  # as train.py's --early

@@ -24,7 +24,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from safetensors.torch import load_file, save_file
 
 from augment import augment
-from common import load_checkpoint, save_checkpoint, write_json
+from common import load_checkpoint, open_vae, save_checkpoint, write_json
 from data import BACKGROUNDS, HELD_OUT_TOGETHER, STYLES, WORK, Concept, Scene, compose, concepts, drawings, scene
 
 OUT = Path(__file__).parent.parent / "judge"
@@ -246,7 +246,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
+    vae = open_vae(vae_path)
     settings = {"samples": samples, "batch": batch, "lr": lr}
     others = tuple(name for name in SETS if name != UNSEEN)
     strict = fit(others, vae, **settings, bf16=bf16, path=WORK / f"judge-without-{UNSEEN}.pt")

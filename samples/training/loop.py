@@ -96,7 +96,7 @@ def run(
     optimizer = torch.optim.AdamW(parameters, torch.tensor(lr, device=device), weight_decay=0.01, fused=True, capturable=gpu)
     average = [p.detach().clone() for p in parameters]
     running = torch.full((), float("nan"), device=device)
-    done, step, spent = 0, 0, 0.0
+    done, step, spent, kept = 0, 0, 0.0, -1
     if state := load_checkpoint(path, device):
         learner.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -136,12 +136,17 @@ def run(
             a.copy_(kept)
 
     def keep() -> None:
+        nonlocal kept, saved
+        if kept == step:
+            return
+        kept = step
         state = {"model": learner.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
         save_checkpoint(path, **state, done=done, step=step, spent=60 * elapsed())
         swap_average()
         show(WORK / f"sheets/{name}-{step:06d}.png")
         swap_average()
         progress.console.print(f"{name}: {note()}")
+        saved = time.monotonic()
 
     with Progress(*columns) as progress:
         bar = progress.add_task(name, total=steps, completed=step, note="")
@@ -157,7 +162,6 @@ def run(
                 progress.update(bar, completed=step, note=note())
             if time.monotonic() - saved > checkpoint_minutes * 60:
                 keep()
-                saved = time.monotonic()
         keep()
     swap_average()
     return f"{name}: {note()}"

@@ -25,10 +25,10 @@ from diffusers import AutoencoderTiny
 from rich.progress import Progress, TimeElapsedColumn
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BertConfig
+from transformers import BertConfig, BlipTextModel
 
 from augment import augment
-from common import copy_card, load_checkpoint, save_checkpoint, write_json
+from common import copy_card, load_checkpoint, open_vae, save_checkpoint, write_json
 from data import BACKGROUNDS, WORK, all_captions, compose, concepts
 from degrade import DEGRADATIONS
 from dit_accel.eval.rewards.image_reward import MEAN, SPECIAL, STD, build_image_reward, build_net, original_name, read_vocabulary
@@ -67,7 +67,9 @@ TEXT = {
     "pad_token_id": 0,
 }
 WORDS = "blip.text_encoder.embeddings.word_embeddings.weight"
-OFTEN = {**dict.fromkeys(FAILURES, 3), **dict.fromkeys(DEGRADATIONS, 1), STOPPED: 2}  # how often each kind is trained on
+# How often each kind is trained on: the longer it takes to learn, the more.
+OFTEN = {**dict.fromkeys(FAILURES, 3), "swapped places": 10, **dict.fromkeys(DEGRADATIONS, 1), "shuffle": 3, STOPPED: 1}
+PLACES = torch.cartesian_prod(*[torch.linspace(-1, 1, SIDE // PATCH)] * 2)  # of the patches, [64, 2]
 GROUND = 0.2  # weight of a patch that shows the background: most do
 
 
@@ -77,8 +79,32 @@ def vocabulary() -> list[str]:
     return sorted(set(re.findall(r"[a-z0-9]+|[^\sa-z0-9]", " ".join([*all_captions(), *names]).lower())))
 
 
+def look_beside(text: BlipTextModel) -> None:
+    """Two heads of every layer look, from the start, at the previous and at the next word.
+
+    Started at random, whether an owl is left of a cactus or right of it is still a guess to the reward after 24,000 comparisons.
+    Here a part of the embeddings is the place alone, as cosines and sines, which a rotation moves by one.
+    """
+    embeddings, size = text.embeddings, TEXT["hidden_size"] // TEXT["num_attention_heads"]
+    rates = torch.linspace(0.1, 3.0, size // 2)
+    places = torch.arange(TEXT["max_position_embeddings"])[:, None] * rates
+    with torch.no_grad():
+        spread = embeddings.word_embeddings.weight[:, size:].std()
+        embeddings.word_embeddings.weight[:, :size] = 0
+        embeddings.position_embeddings.weight[:, :size] = 1.4 * spread * torch.cat([places.cos(), places.sin()], 1)
+        for layer in text.encoder.layer:
+            query, key = layer.attention.self.query, layer.attention.self.key
+            for head, way in enumerate((-1, 1)):
+                own, cos, sin = slice(head * size, (head + 1) * size), (way * rates).cos().diag(), (way * rates).sin().diag()
+                turned = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
+                for linear, weight in ((query, turned), (key, torch.eye(size))):
+                    linear.weight[own], linear.bias[own] = 0, 0
+                    linear.weight[own, :size] = 1.2 * weight
+
+
 class Model(torch.nn.Module):
-    """The net of an ImageReward, and heads that only its training has: what a patch shows, and what is wrong with a picture.
+    """The net of an ImageReward, and heads that only its training has: what a patch shows, where it lies, where what a word names
+    lies, and what is wrong with a picture.
 
     Its vocabulary is written to the file `vocab`.
     """
@@ -97,6 +123,10 @@ class Model(torch.nn.Module):
                 # preference is learned.
                 torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         labels = (len(concepts()) + 1 + len(BACKGROUNDS), len(LOOKS))
+        look_beside(self.net["text"])
+        self.where = torch.nn.Linear(VISION["embed_dim"], 2)
+        self.lies = torch.nn.ModuleList([torch.nn.Linear(TEXT["hidden_size"], 2) for _ in range(TEXT["num_hidden_layers"] - 1)])
+        self.words = [[self.tokenizer(name).input_ids[1:-1] for name in (c.name, *c.aliases)] for c in concepts()]
         self.names = torch.nn.ModuleList([torch.nn.Linear(VISION["embed_dim"], n) for n in labels])
         self.faults = torch.nn.Linear(TEXT["hidden_size"], 1 + len(KINDS))
         weight = torch.ones(labels[0])
@@ -121,25 +151,46 @@ class Model(torch.nn.Module):
         return self.net["vision"](pixel_values=((images + 1) / 2 - PIXEL_MEAN) / PIXEL_STD).last_hidden_state
 
     def naming_loss(self, seen: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of what every patch shows and in whose style, labels [n, 2, 64]."""
+        """Cross-entropy of what every patch shows and in whose style, labels [n, 2, 64], and the error of where it lies."""
         patches = seen[:, 1:].flatten(0, 1).float()
         shows, look = labels.transpose(0, 1).flatten(1)
-        loss = 0 * patches.sum()
+        loss = F.mse_loss(self.where(patches), PLACES.repeat(len(seen), 1))
         for labels, head, weight, share in ((shows, self.names[0], self.weight, 1.0), (look, self.names[1], None, 0.5)):
             if len(given := (labels >= 0).nonzero()[:, 0]):  # not if all are samples, which may show anything
                 loss = loss + share * F.cross_entropy(head(patches[given]), labels[given], weight, label_smoothing=0.05)
         return loss
 
-    def score(self, prompts: list[str], seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The reward of every prompt for the picture at the same place [n], and logits of what is wrong [n, 1 + kinds]."""
+    def score(self, prompts: list[str], seen: Tensor, shows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The reward of every prompt for the picture at the same place [n]; logits of what is wrong [n, 1 + kinds]; and the error
+        of where what words name lies, in every layer but the last, given which concept every patch shows, [n, 64]."""
         tokens = self.tokenizer(prompts, padding=True, return_tensors="pt")
         read = self.net["text"](
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
             encoder_hidden_states=seen,
             is_decoder=False,
-        ).last_hidden_state[:, 0]
-        return (self.net["head"](read).squeeze(1).float() - MEAN) / STD, self.faults(read).float()
+            output_hidden_states=True,
+        )
+        named, places = self.named(tokens["input_ids"].tolist(), shows)
+        layers = [head(states[named]) for head, states in zip(self.lies, read.hidden_states[1:-1], strict=True)]
+        lies = sum((F.mse_loss(found.float(), places) for found in layers if len(places)), torch.zeros(()))
+        last = read.last_hidden_state[:, 0]
+        return (self.net["head"](last).squeeze(1).float() - MEAN) / STD, self.faults(last).float(), lies
+
+    def named(self, ids: list[list[int]], shows: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The words of prompts that name what is in the picture at the same place, as an index, and where that lies, [words, 2]."""
+        found: list[tuple[int, int]] = []
+        places: list[Tensor] = []
+        for row, (prompt, patches) in enumerate(zip(ids, shows, strict=True)):
+            for concept in patches[(patches >= 0) & (patches < len(concepts()))].unique().tolist():
+                place = PLACES[patches == concept].mean(0)
+                for words in self.words[concept]:
+                    for start in range(len(prompt) - len(words) + 1):
+                        if prompt[start : start + len(words)] == words:
+                            found += [(row, start + i) for i in range(len(words))]
+                            places += [place] * len(words)
+        rows, columns = torch.tensor(found, dtype=torch.long).reshape(-1, 2).unbind(1)
+        return (rows, columns), torch.stack(places) if places else torch.zeros(0, 2)
 
     def set_scale(self, scores: Tensor) -> None:
         """Make these scores have mean 0 and deviation 1, as those of ImageReward have on its own data."""
@@ -162,12 +213,13 @@ def scenes_to_name(batch: int, vae: AutoencoderTiny, rng: random.Random, generat
 
 @dataclass(frozen=True)
 class Scores:
-    """Of comparisons: every reward [n], those of the better and of the worse [pairs] among them, and two losses beside."""
+    """Of comparisons: every reward [n], those of the better and of the worse [pairs] among them, and three losses beside."""
 
     all: Tensor
     better: Tensor
     worse: Tensor
     naming: Tensor  # of what the patches of the pictures show
+    lies: Tensor  # of where what the prompts name lies
     faults: Tensor  # of what is wrong
 
 
@@ -182,11 +234,14 @@ def compare(model: Model, comparisons: list[Comparison]) -> Scores:
         named += range(start, start + len(each.labels))
         start += len(each.pictures)
     prompts, places, faults = zip(*scored, strict=True)
-    rewards, logits = model.score(list(prompts), seen[list(places)])
+    labels = torch.cat([each.labels for each in comparisons])
+    shows = torch.full((len(seen), labels.shape[2]), -100)
+    shows[named] = labels[:, 0]
+    rewards, logits, lies = model.score(list(prompts), seen[list(places)], shows[list(places)])
     wins, loses = torch.tensor(better).unbind(1)
-    naming = model.naming_loss(seen[named], torch.cat([each.labels for each in comparisons]))
+    naming = model.naming_loss(seen[named], labels)
     fault = F.cross_entropy(logits, torch.tensor([("", *KINDS).index(fault) for fault in faults]))
-    return Scores(rewards, rewards[wins], rewards[loses], naming, fault)
+    return Scores(rewards, rewards[wins], rewards[loses], naming, lies, fault)
 
 
 def main(
@@ -205,7 +260,7 @@ def main(
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    vae = AutoencoderTiny.from_pretrained(vae_path).to(memory_format=torch.channels_last).eval()
+    vae = open_vae(vae_path)
     samples, held_samples = ([], []) if no_samples else finished_and_stopped()
     kinds = {kind: often for kind, often in OFTEN.items() if samples or kind != STOPPED}
     path, done, total = WORK / f"{out.name}.pt", 0, naming + ranking
@@ -236,8 +291,8 @@ def main(
                     scores = compare(model, comparisons(done))
                 # Xu et al., equation 1: minus the log of the probability that the better one wins.
                 ranked = -F.logsigmoid(scores.better - scores.worse).mean()
-                parts = {"ranking": ranked, "faults": scores.faults, "naming": scores.naming}
-                loss = ranked + 0.3 * scores.faults + 0.3 * scores.naming
+                parts = {"ranking": ranked, "faults": scores.faults, "naming": scores.naming, "places": scores.lies}
+                loss = ranked + 0.3 * scores.faults + 0.3 * scores.naming + 0.5 * scores.lies
             else:
                 images, labels = scenes_to_name(batch, vae, random.Random(done), torch.Generator().manual_seed(done))
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

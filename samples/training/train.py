@@ -34,7 +34,7 @@ from diffusers import (
 from transformers import T5EncoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from common import clean_config, copy_card, sheet
+from common import clean_config, copy_card, open_vae, sheet
 from data import WORK, pairs, scene, scene_prompt
 from loop import Text, run
 from text import LENGTH, PLACES, WIDTH, clip_encoder, clip_tokenizer, roles, t5_encoder, t5_tokenizer
@@ -193,10 +193,23 @@ class PixArt(torch.nn.Module):
         return PixArtSigmaPipeline(self.tokenizer, self.text_encoder, vae, self.transformer, scheduler)
 
 
+@torch.no_grad()
+def unguided(transformer: FluxTransformer2DModel) -> None:
+    """Without its guidance embedding, which becomes a part of the time's: what it says of guidance 1 is the same at every time."""
+    times = transformer.time_text_embed
+    one = torch.tensor([1000.0])  # diffusers' guidance, times 1000 like its times
+    times.timestep_embedder.linear_2.bias += times.guidance_embedder(times.time_proj(one))[0]
+    del times.guidance_embedder
+
+
 def take_over(model: Flux | PixArt, folder: Path) -> None:
-    """The weights of a finished pipeline; those of words by the word, whatever its place in either vocabulary."""
+    """The weights of a finished pipeline; those of words by the word, whatever its place in either vocabulary. Of a FLUX whose
+    guidance is distilled, those that it has at guidance 1."""
     for name, part in model.named_children():
-        old, new = type(part).from_pretrained(folder / name, torch_dtype=torch.float32).state_dict(), part.state_dict()
+        finished = type(part).from_pretrained(folder / name, torch_dtype=torch.float32)
+        if isinstance(finished, FluxTransformer2DModel) and finished.config.guidance_embeds:
+            unguided(finished)
+        old, new = finished.state_dict(), part.state_dict()
         tokenizer = name.replace("text_encoder", "tokenizer")
         for key, value in old.items():
             if key.endswith(("token_embedding.weight", "embed_tokens.weight", "shared.weight")):
@@ -253,10 +266,6 @@ def save_pipeline(pipe: FluxPipeline | PixArtSigmaPipeline, folder: Path) -> Non
     for config in (folder / "model_index.json", *folder.glob("*/config.json")):
         clean_config(config)
     copy_card(folder)
-
-
-def open_vae(path: Path, device: str) -> AutoencoderTiny:
-    return AutoencoderTiny.from_pretrained(path).to(device, memory_format=torch.channels_last).eval()
 
 
 class Learner(torch.nn.Module):

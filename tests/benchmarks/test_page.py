@@ -31,13 +31,13 @@ def test_the_page_names_the_interval_that_is_used(tmp_path):
     assert "seeds averaged: the wider of Student's t and the bootstrap-t), bold" in render(tmp_path)[0]
 
 
-def test_the_slowest_setting_that_reaches_a_speed_is_chosen():
-    def row(method: str, n: int, *speedups: float) -> dict:
-        return {"method": method, "setting": {"n": n}, "speedups": speedups}
+def test_the_closest_setting_that_reaches_a_speed_is_chosen():
+    def row(method: str, n: int, psnr: float, *speedups: float) -> dict:
+        return {"method": method, "setting": {"n": n}, "speedups": speedups, "psnr": [psnr - 1, psnr + 1]}
 
-    rows = [row("a", 1, 1.2, 1.3, 9.0), row("a", 2, 1.45, 1.46, 1.47), row("a", 3, 2.9, 3.2, 3.1), row("b", 1, 1.1, 1.2, 1.3)]
-    found = chosen(rows)
-    assert [(one["setting"]["n"], one["targets"]) for one in found["a"]] == [(2, [1.5]), (3, [2.0, 2.5, 3.0])]
+    rows = [row("a", 1, 50, 1.2, 1.3, 9.0), row("a", 2, 30, 1.45, 1.46, 1.47), row("a", 3, 20, 2.9, 3.2, 3.1)]
+    found = chosen([*rows, row("a", 4, 21, 2.1, 2.2, 2.3), row("b", 1, 60, 1.1, 1.2, 1.3)])
+    assert [(one["setting"]["n"], one["targets"]) for one in found["a"]] == [(2, [1.5]), (4, [2.0]), (3, [2.5, 3.0])]
     assert found["b"] == []
 
 

@@ -80,6 +80,16 @@ def half_pipes(tiny_flux, tiny_pixart) -> dict:
     return {"flux": ready(tiny_flux().to(torch.bfloat16)), "pixart": ready(tiny_pixart().to(torch.bfloat16))}
 
 
+@pytest.fixture(autouse=True)
+def recipes(tmp_path, monkeypatch) -> None:
+    """For the tiny pipelines: every other step in full."""
+    monkeypatch.setenv("DIT_ACCEL_RECIPES", str(tmp_path))
+    for transformer in ("FluxTransformer2DModel", "PixArtTransformer2DModel"):
+        content = {"model": "tiny", "transformer": {"class": transformer}, "levels": [1 - i / STEPS for i in range(STEPS)]}
+        content["recipes"] = [{"speedup": 6, "config": {"full_steps": list(range(0, STEPS, 2))}}]
+        (tmp_path / f"{transformer}.json").write_text(json.dumps(content))
+
+
 @every_method
 def test_a_method_computes_less_repeats_itself_and_leaves_nothing_behind(pipes, in_full, name, method) -> None:
     needs(method)

@@ -54,6 +54,16 @@ def test_polynomial_equals_numpys_fit(order, last, now):
     assert forecast("polynomial", now, order, last=last) == pytest.approx(numpy.polyval(fit, now), rel=1e-6, abs=1e-8)
 
 
+@pytest.mark.parametrize("most", [1, 1000])
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_logit_is_a_polynomial_in_the_logarithm_of_signal_over_noise(order, most):
+    fit = numpy.polyfit([numpy.log(1 / t - 1) for t in TIMES[-order - 1 :]], VALUES[-order - 1 :], order)
+    expected = numpy.polyval(fit, numpy.log(1 / 0.1 - 1))
+    weights = how.coefficients("logit", [most * t for t in TIMES[::-1]], most * 0.1, order)
+    assert sum(w * v for w, v in zip(weights, VALUES[::-1], strict=False)) == pytest.approx(expected, rel=1e-6)
+    assert all(map(math.isfinite, how.coefficients("logit", [most, 0.9 * most], 0.0, order))), "at either end, too"
+
+
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 @pytest.mark.parametrize("last", [1, 2, 3, 4, 6])
 def test_taylor_equals_differences_kept_up_at_every_full_step(order, last):
@@ -80,7 +90,7 @@ def test_evenly_spaced_taylor_of_order_one_is_the_line():
     assert forecast("taylor", 0.1, 2) != pytest.approx(forecast("polynomial", 0.1, 2), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["reuse", "polynomial", "taylor", "hermite"])
+@pytest.mark.parametrize("name", ["reuse", "polynomial", "logit", "taylor", "hermite"])
 def test_damping_lies_between_the_last_value_and_the_method(name):
     whole = forecast(name, 0.1, 2) if name != "reuse" else VALUES[-1]
     if name == "reuse":
@@ -103,7 +113,9 @@ def test_a_method_of_ones_own(monkeypatch):
     assert how.coefficients("mean", TIMES[::-1], 0.1, 1) == [0.5, 0.5]
     assert seen == [([0.24, 0.3], 0.1, 1)]
     OutputCacheConfig(how="mean")
-    with pytest.raises(ValueError, match=r"no method 'median'\. Did.* Known methods: reuse, polynomial, taylor, hermite, mean\."):
+    with pytest.raises(
+        ValueError, match=r"no method 'median'\. Did.* Known methods: reuse, polynomial, logit, taylor, hermite, mean\."
+    ):
         OutputCacheConfig(how="median")
 
 

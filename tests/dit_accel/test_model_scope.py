@@ -107,7 +107,7 @@ def test_settings_that_save_nothing_change_no_bit(name):
     plain = call()
     for config in (
         OutputCacheConfig(interval=1, order=3),
-        OutputCacheConfig(full_steps=tuple(range(99))),
+        OutputCacheConfig(full_steps=tuple(range(99)), correct=1),
         OutputCacheConfig(warmup_steps=99, damping=0.0, how="hermite"),
         OutputCacheConfig(interval=1, guidance_steps=1),
         OutputCacheConfig(tolerance=1e-12),
@@ -141,6 +141,188 @@ def test_the_forecast_equals_the_reference(name, settings, full, expected):
     assert not torch.allclose(ours, plain, atol=1e-4), "nothing is left out"
     Reference(pipe.transformer, full, branches=1 if name in ("flux", "pixart") else 2, **expected)
     assert_close(ours, call())
+
+
+class Course:
+    """Stands in for a transformer's forward, whose output then is a function of the time alone."""
+
+    def __init__(self, model, function):
+        self.stock, self.function, self.nest = model.forward, function, None
+        model.forward = self
+
+    def __call__(self, *args, **kwargs):
+        if self.nest is None:
+            self.nest = self.stock(*args, **kwargs)
+            self.nest = self.nest if isinstance(self.nest, tuple) else (self.nest.sample,)
+        time = float((kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)[-1])
+        leaf = self.nest[0]
+        if isinstance(leaf, list):
+            return ([part * self.function(time) for part in leaf],)
+        batch = len(kwargs["hidden_states"])  # half as large where the unconditional branch follows
+        return (leaf[-1:].expand(batch, *leaf.shape[1:]) * self.function(time),)
+
+
+@pytest.mark.parametrize("settings", [{}, {"order": 0}, {"damping": 0.4}, {"how": "reuse"}])
+@pytest.mark.parametrize("name", ["flux", "flux-true-guidance", "sd3", "qwen", "z-image"])
+def test_corrected_forecasts_of_a_straight_course_end_where_it_does(name, settings):
+    """With Euler's method: the last full step makes up for all that was left out of a line, however bad the forecasts were."""
+    pipe, call = made(name)
+    most = 1000 if name in ("sd3",) else 1
+    Course(pipe.transformer, lambda time: 1 - 3 * time / most)
+    plain = call()
+    steps = {"full_steps": (0, 2, 6)}
+    assert_close(call_with(pipe, call, OutputCacheConfig(correct=1, **steps, **settings)), plain, 1e-5)
+    dit_accel.remove(pipe)
+    if settings:
+        wrong = call_with(pipe, call, OutputCacheConfig(**steps, **settings))
+        dit_accel.remove(pipe)
+        half = call_with(pipe, call, OutputCacheConfig(correct=0.5, **steps, **settings))
+        assert (wrong - plain).norm() / plain.norm() > 1e-2
+        dit_accel.remove(pipe)
+        assert_close(call_with(pipe, call, OutputCacheConfig(correct=0, full_steps=tuple(range(7)))), plain, 1e-7)
+        assert (half - plain).norm() < (wrong - plain).norm()
+
+
+def test_every_interval_has_its_own_correction():
+    """Euler's method adds up: what is left out of each interval is left over from it alone."""
+    pipe, call = made("flux")
+    Course(pipe.transformer, lambda time: 1 - 3 * time)
+    plain = call()
+
+    def off(*correct):
+        with dit_accel.applied(pipe, OutputCacheConfig(full_steps=(0, 2, 6), order=0, correct=correct)):
+            return call() - plain
+
+    first, second = off(0, 1), off(1, 0)
+    assert min(first.norm(), second.norm()) > 1e-2 * plain.norm() and (first - second).norm() > 1e-2 * plain.norm()
+    assert_close(off(0.25, 0.5) + plain, 0.75 * first + 0.5 * second + plain, 1e-5)
+    assert_close(off(0.5) + plain, 0.5 * first + 0.5 * second + plain, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux-true-guidance", "sd3"])
+def test_both_branches_of_guidance_are_corrected_alike(name):
+    pipe, call = made(name)
+    Course(pipe.transformer, lambda time: 1 - 3 * time / (1000 if name == "sd3" else 1))
+    plain = call()
+    config = OutputCacheConfig(correct=1, full_steps=(0, 2, 3, 6), guidance_steps=(0, 3), order=0)
+    assert_close(call_with(pipe, call, config), plain, 1e-5)
+
+
+class Picture:
+    """Stands in for a transformer's forward: what it returns implies a picture on a line over log(alpha / sigma).
+
+    By the definitions alone: x = alpha * picture + sigma * noise, and a prediction of the velocity, of v or of the noise.
+    """
+
+    def __init__(self, pipe, noise, prediction):
+        self.pipe, self.noise, self.prediction, self.nest = pipe, noise, prediction, None
+        self.stock, self.seen = pipe.transformer.forward, []
+        pipe.transformer.forward = self
+
+    def __call__(self, *args, **kwargs):
+        self.nest = self.nest or self.stock(*args, **kwargs)
+        alpha, sigma = self.noise(self.pipe.scheduler)
+        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        several = isinstance(latents, list)
+        self.seen.append(latents[0].clone())
+        outputs = [self.one(x.double(), alpha, sigma).to(x.dtype) for x in (latents if several else [latents])]
+        return (outputs if several else outputs[0],)
+
+    def one(self, x, alpha, sigma):
+        shape = torch.Generator().manual_seed(0)
+        base, slope = (torch.randn(x.shape[1:], generator=shape, dtype=x.dtype) for _ in range(2))
+        picture = base + slope * numpy.log(max(alpha, 1e-3) / sigma) / 5
+        noise = (x - alpha * picture) / sigma
+        output = {"velocity": noise - picture, "minus velocity": picture - noise, "v": alpha * noise - sigma * picture}.get(
+            self.prediction, noise
+        )
+        learned = self.prediction in ("v", "noise")  # the tiny PixArt has a learned variance, which the pipeline cuts off
+        return torch.cat([output, output], 1) if learned else output
+
+
+def flowing(scheduler):
+    sigma = float(scheduler.sigmas[scheduler.step_index or 0])
+    return 1 - sigma, sigma
+
+
+def diffusing(scheduler):
+    share = float(scheduler.alphas_cumprod[int(scheduler.timesteps[scheduler.step_index or 0])])
+    return share**0.5, (1 - share) ** 0.5
+
+
+def with_prediction(pipe, prediction):
+    kind = {"v": "v_prediction"}.get(prediction, "epsilon")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "noise", "prediction"),
+    [
+        ("flux", flowing, "velocity"),
+        ("sd3", flowing, "velocity"),
+        ("z-image", flowing, "minus velocity"),
+        ("pixart", diffusing, "v"),
+        ("pixart", diffusing, "noise"),
+    ],
+)
+def test_data_space_forecasts_the_implied_picture(name, noise, prediction):
+    """Exactly, of a picture on a line; and with Euler's method, full steps make up for a repeated one."""
+    pipe, call = made(name)
+    if name == "pixart":
+        with_prediction(pipe, prediction)
+    stub = Picture(pipe, noise, prediction)
+    plain = call()
+    fifth = stub.seen[5]  # what enters step 5
+    full = OutputCacheConfig(full_steps=(0, 1, 4, 5), space="data", order=1)
+    assert_close(call_with(pipe, call, full), plain, 1e-4)
+    assert modes(pipe) == "ffppffp"
+    assert_close(stub.seen[-1], fifth, 1e-4)
+    for correct in (0, 1):
+        dit_accel.remove(pipe)
+        call_with(pipe, call, dataclasses.replace(full, order=0, correct=correct))
+        off = (stub.seen[-1] - fifth).norm() / fifth.norm()
+        assert (off < 1e-4) if correct and noise is flowing else (off > 1e-3)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux-true-guidance", "sd3", "pixart", "z-image"])
+def test_nothing_left_out_in_data_space_changes_no_bit(name):
+    pipe, call = made(name)
+    plain = call()
+    assert torch.equal(call_with(pipe, call, OutputCacheConfig(full_steps=tuple(range(7)), space="data", correct=1)), plain)
+
+
+@pytest.mark.parametrize("name", ["flux-true-guidance", "sd3", "pixart"])
+def test_guidance_in_data_space(name):
+    """Both branches on all full steps, or only remembered on some: as in the output's space where the difference is the same."""
+    pipe, call = made(name)
+    steps = dict(full_steps=(0, 2, 4, 6), order=1, space="data")
+    both = call_with(pipe, call, OutputCacheConfig(**steps))
+    dit_accel.remove(pipe)
+    assert_close(call_with(pipe, call, OutputCacheConfig(**steps, guidance_steps=1, guidance_order=1)), both, 1e-3)
+
+
+def test_a_learned_variance_is_no_part_of_the_picture():
+    from dit_accel import spaces
+
+    x, output = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 8, 8)
+    numbers = spaces.IMPLIED["epsilon"](0.6, 0.8)
+    picture = spaces.implied(output, x, numbers)
+    assert torch.allclose(picture[:, :4], (x - 0.8 * output[:, :4]) / 0.6, atol=1e-5) and torch.equal(picture[:, 4:], output[:, 4:])
+    assert torch.allclose(spaces.output_of(picture, x, numbers), output, atol=1e-5)
+    with pytest.raises(ValueError, match="needs an output like the latents"):
+        spaces.implied(output[:, :3], x, numbers)
+
+
+def test_data_space_needs_to_know_the_noise():
+    from tests.dit_accel import tiny
+
+    model, given = tiny.flux()
+    dit_accel.apply(model, OutputCacheConfig(space="data"))
+    with torch.no_grad(), pytest.raises(ValueError, match="needs a scheduler that tells the noise of every step"):
+        model(**given(1.0))
+    for wrong in (dict(compute_ratio=0.5), dict(how="logit")):
+        with pytest.raises(ValueError, match="space='data'"):
+            OutputCacheConfig(space="data", **wrong)
 
 
 def call_with(pipe, call, config, **more):

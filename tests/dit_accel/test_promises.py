@@ -49,10 +49,10 @@ def case(request, tiny_flux, tiny_pixart) -> Case:
             return Case(tiny_pixart(), (64, 48), max_sequence_length=8, **PIXART)
         case "emoji-flux":
             pipe = FluxPipeline.from_pretrained(SAMPLES / "emoji-flux", dtype=torch.float32)
-            return Case(pipe, (128, 128), max_sequence_length=16)
+            return Case(pipe, (128, 128), max_sequence_length=24)
         case _:
             pipe = PixArtSigmaPipeline.from_pretrained(SAMPLES / "emoji-pixart", dtype=torch.float32)
-            return Case(pipe, (128, 128), max_sequence_length=16, guidance_scale=3.0, **PIXART)
+            return Case(pipe, (128, 128), max_sequence_length=24, guidance_scale=3.0, **PIXART)
 
 
 NOTHING = [

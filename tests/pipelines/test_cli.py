@@ -285,21 +285,22 @@ def test_demo(run, tmp_path, flux_path, pixart_path):
     assert len(names(tmp_path / "demo/tiny-flux")) == 12 + 1, "running it again must replace the pictures"
 
 
-OPTIONS = {
-    "cache": dict(
+OPTIONS = [  # each set can be given at once
+    ("cache", dict(
         interval=2, cache_ratio=0.8, selector="attention", warmup_steps=2, interval_spread=0.1, ratio_schedule="toca",
         age_weight=0.5, spatial_bonus=0.3, spatial_tile=2, query_share=0.5, text_tokens="reuse",
         share_guidance_selection=False, seed=3, fill="forecast", forecast_order=2, cache_dtype="bfloat16", cache_device="cpu",
-    ),
-    "merge": dict(
+    )),
+    ("merge", dict(
         ratio=0.25, stride=[2, 1], randomize=True, merge_attention=True, merge_cross_attention=True, merge_mlp=True,
         rematch_every=[3, 2], warmup_steps=1, keep_queries=True, proportional_attention=True, seed=4,
-    ),
-    "output": dict(
+    )),
+    ("output", dict(
         full_steps=[0, 2], warmup_steps=2, guidance_steps=[0, 2], how="taylor", order=[1, 2], guidance_order=1,
         damping=[0.5, 1.0], compute_ratio=0.3, selector="stratified", attention="fresh", seed=5,
-    ),
-}  # fmt: skip
+    )),
+    ("output", dict(full_steps=[0, 2], correct=0.5, space="data")),
+]  # fmt: skip
 
 
 def words(section: str, values: dict) -> list[object]:
@@ -317,18 +318,21 @@ def words(section: str, values: dict) -> list[object]:
     return ["--method", method, *found]
 
 
-@pytest.mark.parametrize("section", OPTIONS)
-def test_every_setting_can_be_given(make, tmp_path, flux_path, pixart_path, section):
-    """Every field of every configuration is an option, but for those that the pipeline or another option takes the place of."""
-    fields = {field.name for field in dataclasses.fields(methods.SECTIONS[section])}
-    assert (
-        fields - set(OPTIONS[section]) == {"cache": {"steps"}, "merge": set(), "output": {"interval", "tolerance", "when"}}[section]
-    )
-    given = words(section, OPTIONS[section])
+def test_every_setting_is_an_option():
+    """But for those that the pipeline or another option takes the place of."""
+    left = {"cache": {"steps"}, "merge": set(), "output": {"interval", "tolerance", "when"}}
+    for section, config in methods.SECTIONS.items():
+        tried = {name for of, values in OPTIONS if of == section for name in values}
+        assert {field.name for field in dataclasses.fields(config)} - tried == left[section]
+
+
+@pytest.mark.parametrize("section, values", OPTIONS)
+def test_every_setting_can_be_given(make, tmp_path, flux_path, pixart_path, section, values):
+    given = words(section, values)
     result = make("red", *given, pipeline=pixart_path if section == "merge" else flux_path)
     assert result.exit_code == 0, result.stderr
     record = json.loads((tmp_path / "out/red-seed0.json").read_text())
-    assert record["method"] == given[1] and record[section].items() >= OPTIONS[section].items()
+    assert record["method"] == given[1] and record[section].items() >= values.items()
     assert json.loads(Image.open(tmp_path / "out/red-seed0.png").text[section]) == record[section]
 
 
@@ -523,3 +527,57 @@ assert "torch" not in sys.modules and "diffusers" not in sys.modules
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+@pytest.fixture
+def recipes_of_the_tiny_flux(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIT_ACCEL_RECIPES", str(tmp_path / "recipes"))
+    (tmp_path / "recipes").mkdir()
+    made = [
+        {"speedup": speed, "config": {"full_steps": steps}, "measured": {"seconds": speed, "psnr": [psnr, psnr - 1, psnr + 1]}}
+        for speed, steps, psnr in ((1.5, [0, 2], 30), (3, [0], 20))
+    ]
+    content = {"model": "tiny", "transformer": {"class": "FluxTransformer2DModel"}, "levels": [1, 2 / 3, 1 / 3], "measured": {}}
+    (tmp_path / "recipes/tiny.json").write_text(json.dumps({**content, "recipes": made}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "full", "said"),
+    [
+        (("--speedup", 1.2), [0, 2], "By the recipe of tiny for 1.5x: 1.50x measured, PSNR 30.0 dB (29.0 to 31.0)."),
+        (("--speedup", 2), [0], "By the recipe of tiny for 3x"),
+        (("--min-psnr", 25), [0, 2], "By the recipe of tiny for 1.5x"),
+        (("--speedup", 3, "--steps", 6), [0, 3], "spread over 6 steps."),
+    ],
+)
+def test_a_recipe_by_speed_or_likeness(make, tmp_path, recipes_of_the_tiny_flux, asked, full, said):
+    result = make("red apple", *asked, "--compare")
+    assert result.exit_code == 0 and said in result.stderr, result.stderr
+    record = json.loads((tmp_path / "out/red-apple-seed0.json").read_text())
+    assert record["method"] == "output-cache" and record["output"]["full_steps"] == full
+    assert record["work"]["full_steps"] == len(full)
+    again = make("--config", tmp_path / "out/red-apple-seed0.png", "--output", tmp_path / "again", *asked[2:])
+    assert again.exit_code == 0, again.stderr
+    assert np.array_equal(pixels(tmp_path / "again/red-apple-seed0.png"), pixels(tmp_path / "out/red-apple-seed0.png"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--speedup", 9), "speedup must lie between 1 and 3 for this model, not 9"),
+        (("--min-psnr", 40), "No recipe has a PSNR of at least 40 dB on this model: the closest one has 29.0"),
+        (("--speedup", 2, "--min-psnr", 20), "Give either --speedup or --min-psnr"),
+        (("--speedup", 2, "--interval", 3), "--interval would change the recipe that --speedup asks for"),
+        (("--min-psnr", 20, "--method", "token-cache"), "--method would change the recipe that --min-psnr asks for"),
+    ],
+)
+def test_a_recipe_that_there_is_not(make, recipes_of_the_tiny_flux, asked, message):
+    result = make("red apple", *asked)
+    assert result.exit_code == 2 and message in result.stderr, result.stderr
+
+
+def test_without_a_recipe_the_output_is_forecast_where_errors_allow(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIT_ACCEL_RECIPES", str(tmp_path / "none"))
+    result = make("red apple", "--speedup", 2)
+    assert result.exit_code == 0 and "No recipe is known for this pipeline" in result.stderr
+    assert json.loads((tmp_path / "out/red-apple-seed0.json").read_text())["output"]["tolerance"] > 0

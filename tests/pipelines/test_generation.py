@@ -149,7 +149,7 @@ def test_guidance_reaches_the_model(tiny_flux, tiny_pixart):
 def test_settings_come_from_the_catalog_then_from_the_model(tiny_flux, tiny_pixart):
     flux, distilled, pixart = tiny_flux(), tiny_flux(guidance_embeds=True), tiny_pixart()
     known = settings_for(flux, "emoji-flux")
-    assert (known.steps, known.guidance, known.height, known.width) == (28, 1.0, 128, 128)
+    assert (known.steps, known.guidance, known.height, known.width) == (28, 3.5, 128, 128)
     assert known.max_sequence_length == 8, "never longer than the tokenizer allows"
     assert (settings_for(flux, "x").steps, settings_for(distilled, "x").guidance) == (4, 3.5)
     assert settings_for(pixart, "x").height == 64

@@ -405,19 +405,60 @@ def test_samples_are_asked_for_in_every_way():
     assert scenes == asked() and 96 < sum(map(held_out, scenes)) < 160
 
 
-def test_pictures_without_labels_are_not_named(tmp_path):
-    """They change nothing; and if there are no others, there is nothing to learn."""
+def test_two_heads_look_at_the_previous_and_at_the_next_word_from_the_start(tmp_path):
     import reward
 
     model = reward.Model(tmp_path / "vocab.txt")
-    seen = torch.randn(3, 65, 192, requires_grad=True)
+    tokens = model.tokenizer("owl left of cactus, flat style", return_tensors="pt").input_ids
+    text, n = model.net["text"], tokens.shape[1]
+    with torch.no_grad():
+        words, layer = text.embeddings(tokens), text.encoder.layer[0].attention.self
+        query, key = (linear(words).unflatten(2, (6, 32)).transpose(1, 2) for linear in (layer.query, layer.key))
+        looks = (query @ key.transpose(2, 3) / 32**0.5).softmax(-1)[0]
+    for place in range(1, n):
+        assert looks[0, place, place - 1] > 0.7 and looks[1, place - 1, place] > 0.7
+    assert looks[2].max() < 0.7
+
+
+def test_words_are_to_know_where_what_they_name_lies(tmp_path):
+    import reward
+
+    model, names = reward.Model(tmp_path / "vocab.txt"), [concept.name for concept in concepts()]
+    fish, owl = names.index("tropical fish"), names.index("owl")
+    shows = torch.full((3, 8, 8), len(names))
+    shows[:, 0, 6:], shows[:, 4:6, 1] = owl, fish
+    shows[2] = -100  # an unlabeled picture
+    ids = model.tokenizer(["tropical fish below owl", "cactus, on a blue background", "owl"], padding=True).input_ids
+    (rows, columns), places = model.named(ids, shows.flatten(1))
+    words = [model.tokenizer.convert_ids_to_tokens(ids[row])[column] for row, column in zip(rows, columns, strict=True)]
+    found = {word: place.tolist() for word, place in zip(words, places, strict=True)}
+    there = [2 * 4.5 / 7 - 1, 2 * 1 / 7 - 1]  # the mean of rows 4 and 5, and column 1, of 0 to 7, as -1 to 1
+    assert found == {"owl": pytest.approx([-1, 2 * 6.5 / 7 - 1]), "tropical": pytest.approx(there), "fish": pytest.approx(there)}
+    assert set(rows.tolist()) == {0}
+    assert model.named(ids[1:], shows[1:].flatten(1))[1].shape == (0, 2)
+
+
+def test_pictures_without_labels_are_not_named(tmp_path):
+    """Where their patches lie is all that is learned from them; 0 if every patch says so."""
+    import reward
+
+    model = reward.Model(tmp_path / "vocab.txt")
+    seen = torch.randn(3, 65, 192)
     labels = torch.full((3, 2, 64), -100)
-    loss = model.naming_loss(seen, labels)
-    loss.backward()
-    assert loss == 0 and not seen.grad.any()
+    rows = torch.tensor([[-1 + 2 * (i // 8) / 7, -1 + 2 * (i % 8) / 7] for i in range(64)])
+
+    def where(pictures):
+        return (model.where(pictures[:, 1:]) - rows).square().mean()
+
+    assert torch.allclose(model.naming_loss(seen, labels), where(seen))
     labels[1, 0, :9], labels[1, 1, :4] = 5, 2
-    assert torch.equal(model.naming_loss(seen, labels), model.naming_loss(seen[1:2], labels[1:2]))
-    assert model.naming_loss(seen, labels) > 1
+    named = model.naming_loss(seen, labels) - where(seen)
+    assert torch.allclose(named, model.naming_loss(seen[1:2], labels[1:2]) - where(seen[1:2])) and named > 1
+    seen[:, 1:, :2] = rows
+    with torch.no_grad():
+        model.where.weight.copy_(torch.eye(2, 192))
+        model.where.bias.zero_()
+    assert model.naming_loss(seen, torch.full_like(labels, -100)) < 1e-12
 
 
 def test_measuring_counts_the_pairs_in_which_the_better_picture_is_first(monkeypatch):

@@ -21,7 +21,7 @@ from dit_accel.eval.rewards import ImageReward
 SCRIPTS = Path(__file__).parents[2] / "samples" / "training"
 SETS = ("noto", "fluent-flat", "fluent-3d", "noto-v1", "twemoji", "emojione")
 CONCEPTS = 24
-SHORT = ("--tokens", 256, "--threads", 1, "--scenes", 64)
+SHORT = ("--tokens", 256, "--threads", 1)
 MINIATURE = f"""
 import data
 few = data.concepts()[:{CONCEPTS}]
@@ -147,6 +147,9 @@ def test_a_shipped_pipeline_is_trained_further(recipe, tmp_path, family):
     assert state["step"] == 2
     before = load_file(shipped / "transformer/diffusion_pytorch_model.safetensors")
     after = {name.removeprefix("model.transformer."): value for name, value in state["model"].items()}
+    # A guidance embedding becomes a part of the time's: tests/samples/test_train.py.
+    folded = ("guidance_embedder", "timestep_embedder.linear_2.bias")
+    before = {name: value for name, value in before.items() if not any(part in name for part in folded)}
     assert all(torch.allclose(value.float(), after[name], atol=1e-3) for name, value in before.items())
     assert any(not torch.equal(value.float(), after[name]) for name, value in before.items())
     assert (out / "model_index.json").exists()
