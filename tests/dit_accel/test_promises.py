@@ -122,13 +122,15 @@ def test_repeated_and_interrupted_runs_give_the_same_bits(case, config):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_a_picture_does_not_depend_on_its_batch(case, config):
+    # A flat background has tokens that differ by less than float32's rounding, which a batch's size changes.
+    case.pipe.to(torch.float64)
     dit_accel.apply(case.pipe, config)
     prompts, seeds = ["red apple, 3d style", "tiger face", "a flat teapot"], (0, 1, 2)
     guidance = {"negative_prompt": [case.call["negative_prompt"]] * 3} if "negative_prompt" in case.call else {}
     together = case.run(prompts, seeds, **guidance)
     for i, prompt in enumerate(prompts):
         alone = case.run(prompt, (seeds[i],))[0]
-        assert (together[i] - alone).norm() / alone.norm() < 1e-4
+        assert (together[i] - alone).norm() / alone.norm() < 1e-9
 
 
 def test_caching_in_the_pipeline_follows_the_schedule(case):
