@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import runpy
 from dataclasses import fields
@@ -14,7 +15,9 @@ import yaml
 from diffusers import FluxPipeline
 
 from dit_accel import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
+from dit_accel.doubts import DoubtWarning
 from dit_accel.pipelines.catalog import CATALOG
+from dit_accel.recipe import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,7 +37,11 @@ def test_examples_run(page, monkeypatch, capsys, tmp_path):
 
 
 def test_the_example_of_flux_dev_runs(tiny_flux, monkeypatch, capsys, tmp_path):
-    """Around a tiny model, for which its native size and number of steps are taken down; both ways to place it."""
+    """Around a tiny model, for which its native size is taken down, with its recipe; both ways to place it."""
+    recipes = json.loads((SHIPPED / "flux.1-dev.json").read_text()) | {"transformer": {"class": "FluxTransformer2DModel"}}
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/tiny.json").write_text(json.dumps(recipes))
+    monkeypatch.setenv("DIT_ACCEL_RECIPES", str(tmp_path / "recipes"))
     (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     best = CATALOG["black-forest-labs/FLUX.1-dev"]
     run, loaded, placed = FluxPipeline.__call__, [], []
@@ -52,9 +59,10 @@ def test_the_example_of_flux_dev_runs(tiny_flux, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(FluxPipeline, "__call__", smaller)
     monkeypatch.chdir(tmp_path)
     for way in (code, re.sub(r"pipe\.to\(.*instead: ", "", code)):
-        exec(compile(way, "README.md", "exec"), {})
+        with pytest.warns(DoubtWarning, match="not measured on this model"):
+            exec(compile(way, "README.md", "exec"), {})
     assert loaded == [((best.name,), dict(dtype=torch.bfloat16))] * 2 and placed == ["cuda", "offloaded"]
-    assert (tmp_path / "tiger.png").is_file() and "17 full and 33 partial calls" in capsys.readouterr().out
+    assert (tmp_path / "tiger.png").is_file() and "16 full and 34 partial calls" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "samples").glob("*.md")], ids=lambda page: page.stem)
