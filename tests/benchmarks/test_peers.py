@@ -240,7 +240,7 @@ def test_the_rungs_of_a_ladder_compute_less_and_less_on_the_embedded_pipelines(e
     for setting in method.ladder:
         with applied(pipe, method, setting, settings.steps):
             shares.append(work(steps_of(method, setting, settings.steps)) / full)
-    assert shares[-1] < 0.92 and max(shares) <= 1
+    assert shares[-1] < 0.92 and max(shares) <= 1.02  # comparing costs a percent, also where nothing is reused
     assert all(faster <= slower * 1.01 for slower, faster in pairwise(shares)), shares
 
 
