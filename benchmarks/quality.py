@@ -33,7 +33,7 @@ from peers import METHODS, applied, calibrate, family, steps_of
 from rich.progress import track
 
 from dit_accel.eval.fidelity import decibels, squared_error, ssim
-from dit_accel.eval.folder import write_table
+from dit_accel.eval.folder import write_json, write_table
 from dit_accel.eval.prompt_sets import read_prompt_set
 from dit_accel.eval.rewards import load_reward
 from dit_accel.eval.rewards.pictures import open_picture
@@ -265,7 +265,7 @@ def recipes(
                 found = mean_interval(by_prompt[label])
                 one["measured"][value] = [round(end, 4 if value == "ssim" else 2) for end in (found.mean, found.low, found.high)]
         content["measured"] |= {"date": date.today().isoformat(), "machine": recording.processor(), "score": SCORE}
-        write_atomically(folder / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
+        write_json(folder / f"{name}.json", content)
 
 
 def rows_of(bench: Bench, cell: Cell, seed: int, prompts: list[str], reward: Any, fulls: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from dit_accel.pipelines.pictures import write_atomically
+from dit_accel.eval.folder import write_json
 from dit_accel.recipe import SHIPPED
 
 # Model: the embedded pipeline with its kind of sampler, and what tells its transformer from others, from its config.json.
@@ -49,7 +49,7 @@ def starting(model: str, folder: Path) -> dict[str, Any]:
 def main(folder: Path = typer.Option(SHIPPED, help="Folder of the recipes.")) -> None:
     for model in MODELS:
         path = folder / f"{model.lower()}.json"
-        write_atomically(path, (json.dumps(starting(model, folder), indent=1) + "\n").encode())
+        write_json(path, starting(model, folder))
         typer.echo(path)
 
 

@@ -10,7 +10,7 @@ one's own:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,10 +62,15 @@ def polynomial(times: Sequence[float], now: float, order: int) -> list[float]:
     return [math.prod((now - other) / (time - other) for j, other in enumerate(times) if j != i) for i, time in enumerate(times)]
 
 
+def unit(times: Iterable[float]) -> float:
+    """What times count as 1: 1000 where a transformer is told thousands, else 1."""
+    return 1000.0 if max(times, default=0.0) > 1 else 1.0
+
+
 @register_how("logit")
 def logit(times: Sequence[float], now: float, order: int) -> list[float]:
     """As polynomial, in the logarithm of signal over noise of flow matching instead of the time."""
-    most = 1000.0 if max(now, *times) > 1 else 1.0
+    most = unit((now, *times))
 
     def level(time: float) -> float:
         share = min(max(time / most, END), 1 - END)

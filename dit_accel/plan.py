@@ -162,7 +162,7 @@ def correction(config: OutputCacheConfig, moment: Moment, past: Past) -> tuple[f
     if config.space == "data":  # whose steps are long by the ratio of signal to noise
         steps = (*map(math.exp, times), math.inf)
     else:
-        steps = (*times, 0.0 if times[0] > times[-1] else 1000.0 if times[-1] > 1 else 1.0)
+        steps = (*times, 0.0 if times[0] > times[-1] else how.unit(times))
     axis = "logit" if config.how == "logit" else "polynomial"
     missing = np.zeros(1 + len(past.times))
     for step in range(past.step, now):

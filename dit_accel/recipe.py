@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dit_accel.config import OutputCacheConfig, each
+from dit_accel.how import unit
 
 SHIPPED = Path(__file__).parent / "recipes"
 NEAR = 0.01  # noise levels that differ by less are the same
@@ -96,7 +97,7 @@ class Recipe:
 
 def levels_of(times: Sequence[float]) -> tuple[float, ...]:
     """Noise levels, from 1 down, of the times that a transformer is told: these, thousand times these, or 1 less these."""
-    most = 1000.0 if max(times, default=0.0) > 1 else 1.0
+    most = unit(times)
     rising = len(times) > 1 and times[0] < times[-1]
     return tuple(1 - time / most if rising else time / most for time in times)
 

@@ -29,7 +29,7 @@ def levels_of(scheduler: Any, timesteps: list[float]) -> tuple[tuple[float, floa
         most = float(config.get("num_train_timesteps", 1000))
         pairs = [(1 - time / most, time / most) for time in timesteps]
     elif (alphas := getattr(scheduler, "alphas_cumprod", None)) is not None:
-        kept = [float(alphas[min(int(time), len(alphas) - 1)]) for time in timesteps]
+        kept = alphas[[min(int(time), len(alphas) - 1) for time in timesteps]].tolist()
         pairs = [(math.sqrt(share), math.sqrt(1 - share)) for share in kept]
     else:
         return ()

@@ -39,6 +39,16 @@ def loaded(log: Console, pipeline: str, *machine: str) -> Any:
         return load(pipeline, *machine)
 
 
+def by_recipe(log: Console, pipe: Any, speedup: float | None, min_psnr: float | None, steps: int) -> list[Any]:
+    """What the recipe that was asked for does in so many steps, announced; BadParameter if there is none."""
+    from dit_accel.pipelines.generation import recipe_of
+
+    with usage():
+        said, configs = recipe_of(pipe, speedup, min_psnr, steps)
+    log.print(said, soft_wrap=True, highlight=False)
+    return configs
+
+
 def replay(context: typer.Context, path: Path | None) -> Path | None:
     """What a picture was made with takes the place of the options' defaults."""
     if path is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dit_accel.pipelines import lists, options
-from dit_accel.pipelines.asked import asked_for, loaded, replay
+from dit_accel.pipelines.asked import asked_for, by_recipe, loaded, replay
 from dit_accel.pipelines.extras import start
 from dit_accel.pipelines.terminal import err, plain_errors, quiet, show, usage, version_option
 from dit_accel.pipelines.tuning.command import tune
@@ -107,7 +107,7 @@ def generate(
     """
     knobs |= dict(preset=preset, selector_file=selector_file)
     given = options.given(context, knobs)
-    if by_recipe := speedup is not None or min_psnr is not None:
+    if as_recipe := speedup is not None or min_psnr is not None:
         options.refuse_beside_recipe(speedup, min_psnr, {**given, **options.given(context, {"method": method})})
         method = options.Method.output_cache
     options.refuse_idle(method, given)
@@ -122,7 +122,7 @@ def generate(
         from dit_accel.pipelines.pictures import check_folder
 
         quiet()
-        configs = options.configured(method, {} if by_recipe else given if preset else knobs)
+        configs = options.configured(method, {} if as_recipe else given if preset else knobs)
         refuse_unused(configs, given)
         with usage(options.SETTINGS):
             understand(dtype, device, offload)
@@ -132,12 +132,8 @@ def generate(
         asked = dict(steps=steps, guidance=guidance, seed=seed, num_images=num_images, batch_size=batch_size)
         with usage(options.SETTINGS):
             settings = settings_for(pipe, pipeline, height=height, width=width, **asked)
-        if by_recipe:
-            from dit_accel.pipelines.generation import recipe_of
-
-            with usage():
-                said, configs = recipe_of(pipe, speedup, min_psnr, settings.steps)
-            log.print(said, soft_wrap=True, highlight=False)
+        if as_recipe:
+            configs = by_recipe(log, pipe, speedup, min_psnr, settings.steps)
         with usage(options.flags_of(*method.parts)):
             check(pipe, configs)
         tell = (lambda record: typer.echo(json.dumps(record))) if as_json else (lambda record: None)
@@ -242,7 +238,7 @@ def demo(
 ) -> None:
     """Make a few pictures in full and three times as fast, and show how long each took and how alike they are."""
     with plain_errors(debug):
-        from dit_accel.pipelines.generation import recipe_of, settings_for
+        from dit_accel.pipelines.generation import settings_for
         from dit_accel.pipelines.job import Job
         from dit_accel.pipelines.pictures import check_folder
 
@@ -256,9 +252,7 @@ def demo(
             pipe = loaded(log, name)
             with usage(options.SETTINGS):
                 settings = settings_for(pipe, name, seed=seed, height=height, width=width)
-            with usage():
-                said, configs = recipe_of(pipe, speedup, None, settings.steps)
-            log.print(said, soft_wrap=True, highlight=False)
+            configs = by_recipe(log, pipe, speedup, None, settings.steps)
             job = Job(pipe, name, prompts, configs, settings, output / Path(name).name, log, overwrite=True)
             job.warn()
             table = job.compare(table)

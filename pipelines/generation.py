@@ -6,6 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -236,12 +237,9 @@ def generate(
         settings: see `settings_for`.
         on_step: called after every denoising step of a batch.
     """
-    switch(pipe, config)
-    try:
+    with switched(pipe, config):
         for batch in batches(prompts, settings):
             yield from denoise(pipe, batch, settings, on_step, bool(config))
-    finally:
-        dit_accel.remove(pipe)
 
 
 def compare(
@@ -269,12 +267,20 @@ def switch(pipe: Any, config: Config | Sequence[Config] | None) -> None:
         dit_accel.remove(pipe)
 
 
-def check(pipe: Any, config: Config | Sequence[Config] | None) -> None:
-    """ValueError or TypeError, as from `dit_accel.apply`, unless a pipeline takes this configuration."""
+@contextmanager
+def switched(pipe: Any, config: Config | Sequence[Config] | None) -> Iterator[None]:
+    """A configuration, or none, for a `with` block."""
     try:
         switch(pipe, config)
+        yield
     finally:
         dit_accel.remove(pipe)
+
+
+def check(pipe: Any, config: Config | Sequence[Config] | None) -> None:
+    """ValueError or TypeError, as from `dit_accel.apply`, unless a pipeline takes this configuration."""
+    with switched(pipe, config):
+        pass
 
 
 def warm_up(pipe: Any, prompts: list[str], config: Config | Sequence[Config], settings: Settings) -> None:

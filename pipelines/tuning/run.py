@@ -172,9 +172,14 @@ class Found:
         )
 
 
+def apart(bench: Bench) -> Settings:
+    """For pictures that are timed one by one, of noise that the search did not see."""
+    return replace(bench.settings, batch_size=1, seed=bench.settings.seed + len(bench.prompts))
+
+
 def checked(bench: Bench, best: Candidate, speedup: float, held: Sequence[str]) -> Found:
     """A candidate on prompts that the search did not see, timed against the uncached pipeline in turns."""
-    settings = replace(bench.settings, batch_size=1, seed=bench.settings.seed + len(bench.prompts))
+    settings = apart(bench)
     pairs = list(compare(bench.pipe, list(held), best.config, settings, bench.on_step))
     plain, quick = (sum(picture.denoising_seconds for picture in side) for side in zip(*pairs, strict=True))
     work = [faster.work for _, faster in pairs if faster.work is not None]
@@ -191,9 +196,8 @@ def fits_of(transformer: Any) -> dict[str, Any]:
 
 def content(pipe: Any, name: str, levels: Sequence[float], found: Sequence[Found], about: dict[str, Any]) -> dict[str, Any]:
     """A file of recipes, as `dit_accel.recipe.read` reads it."""
-    rows = []
+    rows, defaults = [], OutputCacheConfig().to_dict()
     for one in found:
-        defaults = OutputCacheConfig().to_dict()
         changed = {key: value for key, value in one.config.to_dict().items() if value != defaults[key]}
         measured = {"flops": round(one.flops, 3), "seconds": round(one.seconds, 3), "psnr": [round(v, 2) for v in one.interval]}
         rows.append({"speedup": one.speedup, "config": changed, "measured": measured})
@@ -266,7 +270,7 @@ it saw.
 
 def fewer_steps(bench: Bench, held: Sequence[str], speedups: Sequence[float]) -> list[tuple[float, float]]:
     """Speed-up in seconds and mean PSNR of fewer steps of the uncached pipeline, on the prompts that recipes are measured on."""
-    settings = replace(bench.settings, batch_size=1, seed=bench.settings.seed + len(bench.prompts))
+    settings = apart(bench)
     counts = sorted({max(1, math.floor(settings.steps / speedup)) for speedup in speedups})
     seconds, likeness = dict.fromkeys((settings.steps, *counts), 0.0), dict.fromkeys(counts, 0.0)
     dit_accel.remove(bench.pipe)

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 
-import dit_accel
 from dit_accel import OutputCacheConfig
-from dit_accel.pipelines.generation import Settings, denoise, switch
+from dit_accel.pipelines.generation import Settings, denoise, switched
 from dit_accel.pipelines.pictures import decibels, squared_error
 from dit_accel.pipelines.tuning.starts import schedules, spaced, trajectory
 
@@ -118,25 +118,25 @@ class Bench:
                 self.plain |= zip(new, self.pictures(None, new), strict=True)
             made = self.pictures(config, missing)
             seconds = (time.perf_counter() - start) / len(missing)
-            with self.path.open("a", encoding="utf-8") as file:
-                for i, picture in zip(missing, made, strict=True):
-                    value = min(BEST, decibels(squared_error(self.plain[i], picture)))
-                    self.known[keys[i]] = value, seconds
-                    file.write(json.dumps({"key": keys[i], "psnr": value, "seconds": seconds}) + "\n")
+            for i, picture in zip(missing, made, strict=True):
+                self.keep(keys[i], min(BEST, decibels(squared_error(self.plain[i], picture))), seconds)
         self.spent += sum(self.known[key][1] for key in set(keys.values()) - self.asked)
         self.asked.update(keys.values())
         return [self.known[keys[i]][0] for i in places]
 
+    def keep(self, key: str, psnr: float, seconds: float) -> None:
+        """Remember what came out, here and in the file."""
+        self.known[key] = psnr, seconds
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "psnr": psnr, "seconds": seconds}) + "\n")
+
     def pictures(self, config: OutputCacheConfig | None, places: Sequence[int]) -> list[Any]:
         """Made as many at a time as the settings say."""
         batch, made = self.settings.batch_size, []
-        try:
-            switch(self.pipe, config)
+        with switched(self.pipe, config):
             for start in range(0, len(places), batch):
                 some = [(self.prompts[i], self.settings.seed + i) for i in places[start : start + batch]]
                 made += [picture.image for picture in denoise(self.pipe, some, self.settings, self.on_step, applied=False)]
-        finally:
-            dit_accel.remove(self.pipe)
         return made
 
     def along(self) -> tuple[list[np.ndarray], list[float]]:
@@ -149,21 +149,15 @@ class Bench:
         steps, key = self.settings.steps, f"seconds of a run with one full step over those of one with {self.settings.steps}"
         if key not in self.known:
             once = OutputCacheConfig(full_steps=(0,), order=0)
-            with self.path.open("a", encoding="utf-8") as file:
-                ratios = [self.seconds(once) / self.seconds(None) for _ in range(TIMED)]
-                self.known[key] = sorted(ratios)[TIMED // 2], 0.0
-                file.write(json.dumps({"key": key, "psnr": self.known[key][0], "seconds": 0.0}) + "\n")
+            self.keep(key, median(self.seconds(once) / self.seconds(None) for _ in range(TIMED)), 0.0)
         one = self.known[key][0]
         return max(1.0, 1 + (steps - 1) * (1 / speedup - one) / (1 - one))
 
     def seconds(self, config: OutputCacheConfig | None) -> float:
         """Of denoising one picture."""
-        try:
-            switch(self.pipe, config)
+        with switched(self.pipe, config):
             pair = [(self.prompts[0], self.settings.seed)]
             return denoise(self.pipe, pair, self.settings, self.on_step, applied=False)[0].denoising_seconds
-        finally:
-            dit_accel.remove(self.pipe)
 
     def mean(self, config: OutputCacheConfig) -> float:
         """Likeness on all prompts."""
