@@ -233,6 +233,7 @@ def render(records: Path) -> tuple[str, dict[str, Any], list[Quality]]:
         records=found,
         qualities=qualities,
         makers=MAKERS,
+        targets=", ".join(f"{target:g}" for target in TARGETS[:-1]) + f" and {TARGETS[-1]:g}",
         score=SCORE,
         width=wide,
         spans=spans(found["width"]["rows"]) if wide else {},

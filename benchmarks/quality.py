@@ -139,7 +139,7 @@ def cells_to_compare(folder: Path) -> list[Cell]:
 
 
 Pipelines = typer.Option(PIPELINES, "--pipeline", help="emoji-flux or emoji-pixart; may be repeated.")
-Dtype = typer.Option("bfloat16", help="What the pipeline computes in.")
+Dtype = typer.Option("float32", help="What the pipeline computes in; recipes were searched in float32.")
 Output = typer.Option(Path("out/quality"), help="Folder of the measurements, one for each pipeline in it.")
 
 
