@@ -43,7 +43,8 @@ class Quality:
     def __init__(self, records: Path, name: str) -> None:
         self.name = name
         self.search, self.seconds = (json.loads(path.read_text()) for path in self.files(records, name).values())
-        self.rows = rows_of(records, name)
+        rows, timed = rows_of(records, name), {row["method"] for row in self.seconds["rows"]}
+        self.rows = rows[rows["method"].isin(timed)]  # of what only a former search chose, pictures may be left, and no times
         self.owners = {row["method"]: row["by"] for row in self.search["rows"]}
         reached = {row["method"] for row in self.search["rows"] if statistics.median(row["speedups"]) >= REACHED * TARGETS[0]}
         self.none = [method for method in self.owners if method not in reached]

@@ -217,22 +217,8 @@ def page(name: str, found: Sequence[Found], plain: Sequence[tuple[float, float]]
     Args:
         plain: speed-up and PSNR of fewer steps of the uncached pipeline on the same prompts.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    means = np.array([one.interval for one in found])
-    speeds = [one.seconds for one in found]
-    axes.errorbar(speeds, means[:, 0], (means[:, 0] - means[:, 1], means[:, 2] - means[:, 0]), fmt="o-", capsize=3, label="recipes")
-    if plain:
-        axes.plot(*zip(*sorted(plain), strict=True), "s--", color="gray", label="fewer steps")
-    axes.set(xlabel="speed-up of denoising, measured", ylabel="PSNR to the uncached picture, dB", title=name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / "tune.png", dpi=120)
-    pyplot.close(figure)
+    means = [one.interval for one in found]
+    curve(name, [(one.seconds, *interval) for one, interval in zip(found, means, strict=True)], plain, folder / "tune.png")
     for i, (whole, _) in enumerate(found[0].pictures):
         panels = [(whole.image, ["uncached", f"{whole.denoising_seconds:.2f} s"])]
         for one in found:
@@ -266,6 +252,30 @@ it saw.
 """
     write_atomically(folder / "tune.md", text.encode())
     return folder / "tune.md"
+
+
+def curve(name: str, points: Sequence[tuple[float, ...]], plain: Sequence[tuple[float, float]], path: Path) -> None:
+    """Draw likeness against speed.
+
+    Args:
+        points: speed-up, PSNR, and both ends of its interval, of every recipe.
+        plain: speed-up and PSNR of fewer steps.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    speeds, means, lows, highs = np.array(points).T
+    axes.errorbar(speeds, means, (means - lows, highs - means), fmt="o-", capsize=3, label="recipes")
+    if plain:
+        axes.plot(*zip(*sorted(plain), strict=True), "s--", color="gray", label="fewer steps")
+    axes.set(xlabel="speed-up of denoising, measured", ylabel="PSNR to the uncached picture, dB", title=name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def fewer_steps(bench: Bench, held: Sequence[str], speedups: Sequence[float]) -> list[tuple[float, float]]:

@@ -31,6 +31,15 @@ def test_the_page_names_the_interval_that_is_used(tmp_path):
     assert "seeds averaged: the wider of Student's t and the bootstrap-t), bold" in render(tmp_path)[0]
 
 
+def test_pictures_of_a_setting_that_is_no_longer_chosen_are_left_out(tmp_path):
+    """A search made anew leaves them behind: there are pictures of it, and no times."""
+    shutil.copytree(ROOT / "docs" / "data" / "benchmarks", tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("quality-*.parquet"):
+        rows = pd.read_parquet(file)
+        pd.concat([rows, rows[rows["method"] != "full"].head(48).assign(method="recipe speedup=7")]).to_parquet(file)
+    assert render(tmp_path)[0] == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
 def test_the_closest_setting_that_reaches_a_speed_is_chosen():
     def row(method: str, n: int, psnr: float, *speedups: float) -> dict:
         return {"method": method, "setting": {"n": n}, "speedups": speedups, "psnr": [psnr - 1, psnr + 1]}
