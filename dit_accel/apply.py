@@ -11,6 +11,7 @@ import torch
 from dit_accel import doubts
 from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
 from dit_accel.recipe import Recipe, choose
+from dit_accel.sampler import Sampler
 
 Model = TypeVar("Model")
 Config = TokenCacheConfig | TokenMergeConfig | OutputCacheConfig | Recipe
@@ -138,15 +139,21 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> lis
             "The configuration must be a TokenCacheConfig, a TokenMergeConfig, or a list of one of each; or an OutputCacheConfig "
             f"or a Recipe alone; not {', '.join(kind.__name__ for kind in kinds) or 'empty'}."
         )
+    sampled = kinds == [OutputCacheConfig] and given[0].sampler_steps is not None
+    if sampled and not hasattr(model, "scheduler"):
+        raise ValueError("sampler_steps sets the pipeline's scheduler: give dit_accel.apply the pipeline, not its transformer.")
     for part in given:
         for sentence in doubts.of_options(part) + doubts.of_model(part, lookup(found[0])):
             warnings.warn(sentence, doubts.DoubtWarning, stacklevel=3)
     remove(model)
+    sampler = Sampler(model.scheduler, recipe or given[0]) if sampled else None
     try:
         for engine in engines:
-            engine.configs = tuple(given)
+            engine.configs, engine.sampler = tuple(given), sampler
             engine.transformer._dit_accel, engine.transformer.__reduce_ex__ = engine, _refuse_copies
             engine.attach()
+            if sampler is not None:
+                sampler.attach()
             hook.attach(engine.transformer, engine, None if isinstance(model, torch.nn.Module) else model)
             if not processors_only and (processors := engine.attn_processors()):
                 engine.transformer.set_attn_processor(processors)
@@ -168,6 +175,8 @@ def remove(model: Any) -> None:
             from dit_accel import hook
 
             engine.end()
+            if engine.sampler is not None:
+                engine.sampler.detach()
             hook.unregister(transformer, hook.HOOK)
             engine.detach()
             del transformer._dit_accel, transformer.__reduce_ex__

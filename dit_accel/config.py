@@ -11,6 +11,7 @@ from dit_accel import how, when
 from dit_accel.how import MOST
 from dit_accel.names import look_up
 from dit_accel.options import Options, option
+from dit_accel.presets import PRESETS
 
 
 def _selector(name: str) -> None:
@@ -34,23 +35,6 @@ SELECTOR = (
     "Score that chooses the tokens to compute: a name from `dit-accel selectors` or `dit_accel.selectors()`, or (in Python) a "
     "function `dit_accel.SelectionContext` -> scores."
 )
-
-# FORA: arXiv 2407.01425. ToCa: arXiv 2410.05317 and the settings of its released FLUX and PixArt-alpha code.
-# TaylorSeer: arXiv 2503.06923; 10 full steps of 50 give its 4.99 times fewer FLOPs on FLUX.1-dev.
-PRESETS: dict[str, dict[str, Any]] = {
-    "toca-flux": dict(interval=4, cache_ratio=0.9, selector="attention", warmup_steps=3, ratio_schedule="toca"),
-    "toca-pixart": dict(
-        interval=3,
-        interval_spread=0.2,
-        cache_ratio=0.7,
-        selector="cross-entropy",
-        ratio_schedule="toca",
-        spatial_bonus=0.4,
-        spatial_tile=4,
-    ),
-    "fora": dict(interval=3, cache_ratio=1.0),
-    "taylorseer": dict(interval=6, cache_ratio=1.0, warmup_steps=3, fill="forecast", forecast_order=2),
-}
 
 
 @dataclass(frozen=True)
@@ -200,15 +184,20 @@ class TokenMergeConfig(Options):
 class OutputCacheConfig(Options):
     """A forecast of the transformer's output between full steps, for any transformer of diffusers.
 
-    *When* is everything computed: full_steps, interval, warmup_steps, tolerance, when; the unconditional branch: guidance_steps.
-    *How* the rest is forecast: how, space, order, guidance_order, damping, correct. *Which* tokens are computed between full steps:
-    compute_ratio, selector, attention, seed.
+    *When* is everything computed: sampler_steps, full_steps, interval, warmup_steps, tolerance, when, guidance_steps. *How* is the
+    rest forecast: how, space, order, guidance_order, damping, correct. *Which* tokens: compute_ratio, selector, attention, seed.
 
     Raises:
         TypeError: for an option that does not exist, with the one that was probably meant.
         ValueError: for a value out of range or an unknown name, with what is valid.
     """
 
+    sampler_steps: int | tuple[float, ...] | None = option(
+        None,
+        "Steps of the run in place of those that the pipeline is asked for: how many; or where along its own they lie, as shares "
+        "from 0, ascending and below 1. Full steps are some of these; with interval=1 all. Sets the pipeline's scheduler.",
+        0,
+    )
     full_steps: tuple[int, ...] | None = option(
         None,
         "Numbers of the full steps, counted from 0, which always is one; no step after the last one listed is full. Replaces the "
@@ -276,18 +265,29 @@ class OutputCacheConfig(Options):
     )
     seed: int = option(0, SEED, 0, flag="selection_seed")
 
+    @property
+    def run_steps(self) -> int | None:
+        """Steps of a run, if they are others than the pipeline is asked for."""
+        return len(self.sampler_steps) if isinstance(self.sampler_steps, tuple) else self.sampler_steps
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("full_steps", "guidance_steps"):
             if isinstance(value := getattr(self, name), tuple) and list(value) != sorted(set(value)):
                 raise ValueError(f"{name} must be numbers of steps, counted from 0 and ascending, not {value!r}.")
+        places = self.sampler_steps if isinstance(self.sampler_steps, tuple) else (0.0,)
+        if self.sampler_steps == 0 or places[0] != 0 or list(places) != sorted(set(places)) or places[-1] >= 1:
+            raise ValueError(
+                "sampler_steps must be a whole number of at least 1; or shares of the run, from 0, ascending and below 1, not "
+                f"{self.sampler_steps!r}."
+            )
         if self.guidance_steps == 0:
             raise ValueError("guidance_steps must be a whole number of at least 1, not 0; or numbers of steps.")
         if sum(value is not None for value in (self.full_steps, self.tolerance, self.when)) > 1:
             raise ValueError("full_steps, tolerance and when each say when a step is full; give one of them.")
         if self.compute_ratio and (any(each(self.correct)) or self.space == "data"):
             raise ValueError("correct and space='data' are about steps that are forecast as a whole; leave compute_ratio at 0.")
-        if self.space == "data" and self.how == "logit":
+        if (self.space, self.how) == ("data", "logit"):
             raise ValueError("space='data' takes the logarithm of signal over noise for the time already; leave how='logit' out.")
 
 

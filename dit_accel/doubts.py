@@ -90,6 +90,7 @@ def of_run(config: Any, steps: int | None, given: Collection[str] | None = None,
         few: whether the model was made for few steps; if that is not known, the number of steps tells.
     """
     said: list[str] = []
+    steps = getattr(config, "run_steps", None) or steps
     if steps is None or steps == 1 or (isinstance(config, TokenCacheConfig) and (config.interval == 1 or config.cache_ratio == 0)):
         return said
     if (steps <= FEW if few is None else few) and not isinstance(config, TokenMergeConfig):

@@ -20,6 +20,7 @@ class Run:
     tokens: int = 0  # that can be selected
     grid: tuple[int, int] = (1, 1)  # rows and columns of the picture
     halves: bool = False  # whether both halves of guidance are in the batch
+    asked: int = 0  # steps that the pipeline was asked for, if the run has others
 
 
 class Engine:
@@ -41,6 +42,7 @@ class Engine:
         self.selections: list[tuple[int, str, int, torch.Tensor]] = []  # call, stream, layer, index [1 or B, k]
         self.run, self.warned = Run(), False
         self.recipe: Recipe | None = None  # that the configuration is of
+        self.sampler: Any = None  # that sets the pipeline's scheduler to other steps
         self.configs: tuple[Any, ...] = ()  # as they were given
         self.told: set[str] = set()  # doubts
 
@@ -100,7 +102,7 @@ class Engine:
 
     def _warn(self, steps: int) -> None:
         """Say once that a run saved nothing."""
-        if not self.warned and steps > 1 and not any(call.saves for call in self.calls):
+        if not self.warned and self.run.asked <= steps > 1 and not any(call.saves for call in self.calls):
             self.warned = True
             warnings.warn(
                 f"dit_accel saved nothing in a run of {steps} steps: every step was computed in full. Lower interval, warmup_steps "

@@ -101,13 +101,17 @@ class ModelScope(Engine):
 
     def begin(self, moment: Moment, call: Call, given: dict[str, Any]) -> None:
         super().begin(moment, call, given)
+        self.run.asked = self.sampler.asked if self.sampler is not None else 0
         if self.recipe is not None:
-            self.config = self.recipe.at(moment.times)
+            self.config = self.recipe.of(self.run.asked) if self.run.asked else self.recipe.at(moment.times)
             self.rule = rule(self.config)
             if self.config is not self.recipe.config:
-                self.tell(
-                    [f"The {self.recipe.model} recipe is for other steps; its full steps are spread over these {moment.steps}."]
-                )
+                asked = self.run.asked or moment.steps
+                self.tell([f"The {self.recipe.model} recipe is for other steps; its full steps are spread over these {asked}."])
+        if self.config.run_steps is not None and len(moment.times) not in (0, self.config.run_steps):
+            self.tell(
+                ["The pipeline has another scheduler than at dit_accel.apply: sampler_steps does nothing with it; apply anew."]
+            )
         latents, name = call.latents, getattr(call.context, "name", None)
         if self.config.guidance_steps is not None:
             if isinstance(name, str) and name.startswith(UNCONDITIONAL):

@@ -58,6 +58,8 @@ class Recipe:
 
     def of(self, steps: int) -> OutputCacheConfig:
         """The settings for so many steps of the same scheduler."""
+        if (own := self.config.sampler_steps) is not None:
+            return self.config if steps == len(self.levels) else self._with_steps(own, steps)
         places = np.arange(steps) / steps, np.arange(len(self.levels) + 1) / len(self.levels)
         return self.at([float(level) for level in np.interp(*places, [*self.levels, 0.0])])
 
@@ -69,10 +71,22 @@ class Recipe:
         levels = levels_of(times)
         if not levels or (len(levels) == len(self.levels) and np.allclose(levels, self.levels, atol=NEAR)):
             return self.config
+        return self._spread(self.levels, levels)
+
+    def _with_steps(self, own: int | tuple[float, ...], steps: int) -> OutputCacheConfig:
+        """The settings for a pipeline that is asked for so many steps, as large a share of which the run has."""
+        shares = tuple(i / own for i in range(own)) if isinstance(own, int) else own
+        count = max(1, round(len(shares) * steps / len(self.levels)))
+        places = np.interp(np.arange(count) / count, np.linspace(0, 1, len(shares) + 1), [*shares, 1.0])
+        some, others = ([1 - i / n for i in range(n)] for n in (len(shares), count))
+        return replace(self._spread(some, others), sampler_steps=count if isinstance(own, int) else tuple(map(float, places)))
+
+    def _spread(self, own: Sequence[float], levels: Sequence[float]) -> OutputCacheConfig:
+        """The settings for steps of other noise levels than its own."""
         config, old = self.config, self.config.full_steps or (0,)
-        count = min(max(1, round(len(old) * len(levels) / len(self.levels))), len(levels))
+        count = min(max(1, round(len(old) * len(levels) / len(own))), len(levels))
         shares = np.arange(count) / count
-        wanted = np.interp(shares, np.linspace(0, 1, len(old) + 1), [*(self.levels[step] for step in old), 0.0])
+        wanted = np.interp(shares, np.linspace(0, 1, len(old) + 1), [*(own[step] for step in old), 0.0])
         steps = [0]
         for i, level in enumerate(wanted[1:], start=1):
             nearest = int(np.abs(np.array(levels) - level).argmin())

@@ -84,8 +84,9 @@ class Report:
 
     @functools.cached_property
     def full_flops(self) -> int:
-        """FLOPs of as many calls with everything computed."""
-        return sum(self._counters[call.transformer].plain(call) for call in self.calls)
+        """FLOPs of as many calls with everything computed; of as many more as the pipeline was asked for more steps."""
+        total, engine = sum(self._counters[call.transformer].plain(call) for call in self.calls), self._counters[0].engine
+        return int(total * engine.run.asked / engine.config.run_steps) if engine.run.asked else total
 
     @property
     def flops_ratio(self) -> float:

@@ -25,7 +25,7 @@ IMPLIED: dict[str, Callable[[float, float], tuple[float, float]]] = {
 def levels_of(scheduler: Any, timesteps: list[float]) -> tuple[tuple[float, float], ...]:
     """alpha and sigma of every step, as the scheduler has them; empty if it does not tell."""
     config = getattr(scheduler, "config", {})
-    if "Flow" in type(scheduler).__name__ or config.get("use_flow_sigmas"):
+    if is_flow(scheduler):
         most = float(config.get("num_train_timesteps", 1000))
         pairs = [(1 - time / most, time / most) for time in timesteps]
     elif (alphas := getattr(scheduler, "alphas_cumprod", None)) is not None:
@@ -38,9 +38,12 @@ def levels_of(scheduler: Any, timesteps: list[float]) -> tuple[tuple[float, floa
 
 def predicted_by(scheduler: Any) -> str:
     """What the transformer predicts, as a key of IMPLIED."""
-    config = getattr(scheduler, "config", {})
-    flow = "Flow" in type(scheduler).__name__ or config.get("use_flow_sigmas")
-    return "flow_prediction" if flow else str(config.get("prediction_type", "epsilon"))
+    return "flow_prediction" if is_flow(scheduler) else str(getattr(scheduler, "config", {}).get("prediction_type", "epsilon"))
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether it is one of flow matching."""
+    return "Flow" in type(scheduler).__name__ or bool(getattr(scheduler, "config", {}).get("use_flow_sigmas"))
 
 
 def implied(output: torch.Tensor, latents: torch.Tensor, numbers: tuple[float, float]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dit_accel.pipelines.asked import asked_for, by_recipe, loaded, replay
 from dit_accel.pipelines.extras import start
 from dit_accel.pipelines.terminal import err, plain_errors, quiet, show, usage, version_option
 from dit_accel.pipelines.tuning.command import tune
+from dit_accel.pipelines.ui import ui
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -215,7 +216,7 @@ def inspect(
             show(draw(pipe, pipeline, prompt, chosen, settings, output, log), as_json)
 
 
-for command in (tune, lists.pipelines, lists.selectors, lists.families):
+for command in (tune, ui, lists.pipelines, lists.selectors, lists.families):
     app.command()(command)
 
 

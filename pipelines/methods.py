@@ -45,7 +45,9 @@ def describe(config: Config | Sequence[Config] | None) -> str:
 
 def _describe_output(part: OutputCacheConfig) -> str:
     if part.full_steps is not None:
-        when = f"{len({0, *part.full_steps})} full steps"
+        when = f"{len({0, *part.full_steps})} full steps" + (f" of {part.run_steps}" if part.run_steps else "")
+    elif part.run_steps and part.interval == 1:
+        when = f"{part.run_steps} steps"
     elif part.tolerance is not None:
         when = f"tolerance {part.tolerance:g}"
     else:

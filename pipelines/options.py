@@ -129,7 +129,7 @@ def _annotation(name: str, fields: dict[str, dataclasses.Field[Any]]) -> Any:
         return Annotated[simple[0] | None, typer.Option(**about)]
     if is_pair(method, field):
         return Annotated[lists[0] | None, typer.Option(**about)]
-    about |= dict(parser=numbers(get_args(lists[0])[0], bool(simple)), metavar="N,N,...")
+    about |= dict(parser=numbers(get_args(lists[0])[0], simple[0] if simple else None), metavar="N,N,...")
     return Annotated[Any, typer.Option(**about)]
 
 
@@ -145,16 +145,15 @@ def _text(default: Any) -> str:
     )
 
 
-def numbers(kind: type, one: bool) -> Callable[[str], Any]:
-    """A parser of "0,1,2": a tuple of numbers; where `one` is allowed, a single number is itself."""
+def numbers(kind: type, one: type | None = None) -> Callable[[str], Any]:
+    """A parser of "0,1,2": a tuple of numbers of a kind; where `one` is allowed, a single number is itself, of that kind."""
 
     def parse(text: str) -> Any:
         try:
-            found = tuple(kind(part) for part in text.rstrip(",").split(","))
+            return one(text) if one and "," not in text else tuple(kind(part) for part in text.rstrip(",").split(","))
         except ValueError:
             what = "whole numbers, as in 0,1,2,5,9" if kind is int else "numbers, as in 1,0.5"
             raise typer.BadParameter(f"{text!r} is not a list of {what}.") from None
-        return found[0] if one and "," not in text else found
 
     return parse
 

@@ -93,6 +93,7 @@ def without(packages: tuple[str, ...], code: str, *arguments: object) -> subproc
         ("typer", "eval", ["--help"], "eval"),
         ("yaml", "eval", ["run", ROOT / "eval/specs/quick.yaml"], "eval"),
         ("matplotlib", "eval", ["report", ROOT], "eval"),
+        ("gradio", "pipelines", ["ui"], "ui"),
     ],
 )
 def test_a_missing_extra_is_one_sentence(package, command, arguments, extra):

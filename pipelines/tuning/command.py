@@ -17,7 +17,7 @@ def tune(
         str, typer.Argument(help="A name of `dit-accel pipelines`, a hub id, or a diffusers folder.")
     ] = "emoji-flux",
     speedup: Annotated[
-        Any, typer.Option(parser=options.numbers(float, False), metavar="N,N,...", help="Speeds to search a recipe for.")
+        Any, typer.Option(parser=options.numbers(float), metavar="N,N,...", help="Speeds to search a recipe for.")
     ] = "1.5,2,3,4",
     prompts_file: Annotated[
         Path | None, typer.Option(help="Prompts, as of generate; the first ones are searched on, the others measured on.")

@@ -24,7 +24,8 @@ from dit_accel.pipelines.generation import Picture, Settings, compare, denoise, 
 from dit_accel.pipelines.pictures import psnr, side_by_side, write_atomically
 from dit_accel.pipelines.progress import now_and_then
 from dit_accel.pipelines.prompt_sets import read_prompt_set
-from dit_accel.pipelines.tuning.search import BEST, Bench, Candidate, fewer, search
+from dit_accel.pipelines.tuning.candidates import Candidate, fewer
+from dit_accel.pipelines.tuning.search import BEST, Bench, search
 from dit_accel.recipe import own_folder
 
 HERE = Path(__file__).parent
@@ -165,10 +166,10 @@ class Found:
         return float(values.mean()), float(low), float(high)
 
     def line(self, steps: int) -> str:
-        mean, low, high = self.interval
+        (mean, low, high), full = self.interval, len(self.config.full_steps or ())
         return (
             f"{self.speedup:g}x: {self.seconds:.2f}x measured, {self.flops:.2f}x by FLOPs; PSNR {mean:.1f} dB ({low:.1f} to "
-            f"{high:.1f}) on {len(self.psnr)} other prompts; {len(self.config.full_steps or ())} of {steps} steps in full"
+            f"{high:.1f}) on {len(self.psnr)} other prompts; {full} of {self.config.run_steps or steps} steps in full"
         )
 
 

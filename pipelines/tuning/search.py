@@ -1,4 +1,5 @@
-"""Search recipes: which steps to compute and how to forecast the others, for every speed asked for, judged by final pictures.
+"""Search recipes for every speed asked for, judged by final pictures: how many steps a run has and where they lie, which of them to
+compute, and how to forecast the others.
 
 A candidate is worth what its pictures have in common with those of the uncached pipeline, as PSNR: on a few prompts first, then on
 all. An interrupted search goes on: it is the same again, with what was evaluated looked up in a file.
@@ -21,15 +22,13 @@ import numpy as np
 from dit_accel import OutputCacheConfig
 from dit_accel.pipelines.generation import Settings, denoise, switched
 from dit_accel.pipelines.pictures import decibels, squared_error
-from dit_accel.pipelines.tuning.starts import schedules, spaced, trajectory
+from dit_accel.pipelines.tuning.candidates import Candidate, changed, even
+from dit_accel.pipelines.tuning.starts import schedules, trajectory
 
 RACE = (2, 4)  # so many prompts have to be won before a candidate is tried on more
 BEST = 60.0  # dB that identical pictures count as: among so close ones, differences say nothing
-OPTIONS = {"damping": (0.0, 0.3, 0.5, 0.7, 0.85, 1.0), "correct": (0.0, 0.25, 0.5, 0.75, 1.0), "order": (0, 1, 2)}
-MOST = 1.5  # that a damping or a correction may become
 TIMED = 5  # pairs of runs that are timed
 IDLE = 400  # changes in a row that bring nothing before a search ends
-HOWS = (("polynomial", "output"), ("logit", "output"), ("polynomial", "data"))
 # Where a search starts: order, damping, correction, how and space. The first three are tried on every schedule, all on the best
 # one; the last is fewer steps of Euler's method at the best times.
 MANNERS = (
@@ -42,40 +41,6 @@ MANNERS = (
     (0, 1.0, 1.0, "polynomial", "output"),
     (0, 1.0, 0.0, "polynomial", "output"),
 )
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A configuration as it is searched: orders, dampings and corrections for every full step, `guided` those with both guidance
-    branches."""
-
-    steps: tuple[int, ...]
-    orders: tuple[int, ...]
-    dampings: tuple[float, ...]
-    corrects: tuple[float, ...]
-    how: str = "logit"
-    space: str = "output"
-    guided: tuple[int, ...] | None = None
-
-    @property
-    def cost(self) -> float:
-        """In full evaluations of both branches of guidance."""
-        return float(len(self.steps)) if self.guided is None else (len(self.steps) + len(self.guided)) / 2
-
-    @property
-    def config(self) -> OutputCacheConfig:
-        lists = (self.orders, self.dampings, self.corrects)
-        order, damping, correct = (values[0] if len(set(values)) == 1 else values for values in lists)
-        how: dict[str, Any] = {"order": order, "damping": damping, "how": self.how if self.space == "output" else "polynomial"}
-        if max(self.orders) == 0:  # damping and how then say nothing
-            how = {"order": 0}
-        return OutputCacheConfig(full_steps=self.steps, space=self.space, correct=correct, guidance_steps=self.guided, **how)
-
-    def at(self, places: Sequence[int], steps: Sequence[int], guided: tuple[int, ...] | None) -> Candidate:
-        """Other full steps, each with the values of one of these."""
-        lists = ([values[i] for i in places] for values in (self.orders, self.dampings, self.corrects))
-        orders, dampings, corrects = map(tuple, lists)
-        return replace(self, steps=tuple(steps), orders=orders, dampings=dampings, corrects=corrects, guided=guided)
 
 
 @dataclass
@@ -169,60 +134,6 @@ class Bench:
         return all(np.mean(np.subtract(*(self.psnr(c, range(count)) for c in (candidate, incumbent)))) > 0 for count in counts)
 
 
-def changed(one: Candidate, steps: int, most: float, halves: bool, rng: random.Random) -> Candidate:
-    """A candidate with one thing changed, or all weights a little, which costs at most as much."""
-    kind = rng.choices(("move", "weights", "damping", "order", "correct", "how", "guidance"), (6, 6, 2, 2, 2, 1, 2 * halves))[0]
-    i = rng.randrange(len(one.steps))
-    if kind == "move" and len(one.steps) > 1:
-        i = rng.randrange(1, len(one.steps))
-        free = sorted(set(range(1, steps)) - set(one.steps))
-        near = [step for step in free if abs(step - one.steps[i]) <= 2] or free or [one.steps[i]]
-        new = rng.choice(near if rng.random() < 0.7 or not free else free)
-        guided = None if one.guided is None else tuple(sorted({new if s == one.steps[i] else s for s in one.guided}))
-        return replace(one, steps=tuple(sorted({*one.steps} - {one.steps[i]} | {new})), guided=guided)
-    if kind == "weights":
-        spread = rng.choice((0.05, 0.1, 0.25))
-        dampings, corrects = (
-            tuple(round(min(max(value + rng.gauss(0, spread), 0.0), MOST), 2) for value in values)
-            for values in (one.dampings, one.corrects)
-        )
-        return replace(one, dampings=dampings, corrects=corrects)
-    if kind in ("damping", "order", "correct"):
-        values: list[Any] = list(getattr(one, f"{kind}s"))
-        value = rng.choice([option for option in OPTIONS[kind] if option != values[i]])
-        places = range(len(values)) if rng.random() < 0.4 else (range(i, len(values)) if rng.random() < 0.5 else (i,))
-        for place in places:
-            values[place] = value
-        return replace(one, **{f"{kind}s": tuple(values)})
-    if kind == "how":
-        how, space = rng.choice([both for both in HOWS if both != (one.how, one.space)])
-        return replace(one, how=how, space=space)
-    return guided_otherwise(one, steps, most, rng) if halves else one
-
-
-def guided_otherwise(one: Candidate, steps: int, most: float, rng: random.Random) -> Candidate:
-    """With the unconditional branch computed on other steps, and as many full steps as that leaves room for."""
-    guided = set(one.steps if one.guided is None else one.guided)
-    guided ^= {rng.choice(one.steps[1:] or one.steps)}
-    guided |= {0}
-    made = replace(one, guided=tuple(sorted(guided)))
-    while made.cost > most and len(made.steps) > 1:  # without a step, or without its unconditional branch
-        step = rng.choice(made.steps[1:])
-        assert made.guided is not None
-        rest = tuple(s for s in made.guided if s != step)
-        if step in made.guided and rng.random() < 0.5:
-            made = replace(made, guided=rest)
-            continue
-        places = [i for i, own in enumerate(made.steps) if own != step]
-        made = made.at(places, [made.steps[i] for i in places], rest)
-    while made.cost + 0.5 <= most and (free := sorted(set(range(1, steps)) - set(made.steps))):
-        step = rng.choice(free)
-        after = sum(own < step for own in made.steps)
-        places = sorted([*range(len(made.steps)), after - 1])  # its values are those of the step before
-        made = made.at(places, sorted([*made.steps, step]), made.guided)
-    return made
-
-
 def search(
     bench: Bench, most: float, seconds: float, halves: bool, along: Any, seed: int = 0, first: Sequence[Candidate] = ()
 ) -> tuple[Candidate, float]:
@@ -235,10 +146,10 @@ def search(
     """
     rng, steps, begun, count = random.Random(seed), bench.settings.steps, bench.spent, max(1, math.floor(most))
 
-    def plain(chosen: tuple[int, ...], manner: tuple[int, float, float, str, str], every: int = 1) -> Candidate:
+    def plain(chosen: Sequence[int], manner: tuple[int, float, float, str, str], every: int = 1, run: int = 0) -> Candidate:
         n, (order, damping, correct, how, space) = len(chosen), manner
-        guided = None if every == 1 else chosen[::every]
-        return Candidate(chosen, (order,) * n, (damping,) * n, (correct,) * n, how, space, guided)
+        guided = None if every == 1 else tuple(chosen[::every])
+        return Candidate(tuple(chosen), (order,) * n, (damping,) * n, (correct,) * n, how, space, guided, even(run))
 
     kinds = [(count, 1)]
     if halves:  # more full steps, of which every second or third has both branches
@@ -249,11 +160,14 @@ def search(
         for schedule in schedules(steps, number, *along)
         for manner in MANNERS[:3]
     ]
+    for number, every in kinds:  # fewer steps; and twice or three times as many, of which every second or third is full
+        starts += [plain(range(number), MANNERS[-1], every, number)]
+        starts += [plain(range(0, n * number, n), m, every, n * number) for n in (2, 3) for m in MANNERS[:3] if n * number <= steps]
     best, *others = [one for one in starts if one.cost <= most]
     for one in others:
         best = one if bench.better(one.config, best.config) else best
     every = 1 if best.guided is None else -(-len(best.steps) // len(best.guided))
-    for one in [*[plain(best.steps, manner, every) for manner in MANNERS], *first]:
+    for one in [*[replace(plain(best.steps, manner, every), run=best.run) for manner in MANNERS], *first]:
         best = one if one.cost <= most and bench.better(one.config, best.config) else best
     tried, idle = {best}, 0
     while bench.spent - begun < seconds and idle < IDLE:
@@ -265,14 +179,3 @@ def search(
         if bench.better(one.config, best.config):
             best, idle = one, 0
     return best, bench.spent - begun
-
-
-def fewer(one: Candidate, most: float) -> Candidate:
-    """As many of its full steps as that leaves room for, evenly thinned out; the first one stays."""
-    for count in range(len(one.steps), 0, -1):
-        kept = spaced(len(one.steps), count, lambda share: share)
-        steps = [one.steps[i] for i in kept]
-        thin = one.at(kept, steps, None if one.guided is None else tuple(step for step in steps if step in one.guided))
-        if thin.cost <= most:
-            break
-    return thin

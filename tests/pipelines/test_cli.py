@@ -299,7 +299,7 @@ OPTIONS = [  # each set can be given at once
         full_steps=[0, 2], warmup_steps=2, guidance_steps=[0, 2], how="taylor", order=[1, 2], guidance_order=1,
         damping=[0.5, 1.0], compute_ratio=0.3, selector="stratified", attention="fresh", seed=5,
     )),
-    ("output", dict(full_steps=[0, 2], correct=0.5, space="data")),
+    ("output", dict(sampler_steps=[0, 0.25, 0.4, 0.8], full_steps=[0, 2], correct=0.5, space="data")),
 ]  # fmt: skip
 
 
@@ -367,8 +367,9 @@ def test_output_cache_by_error_and_by_a_rule_from_a_file(make, tmp_path):
 
 
 def test_numbers_of_an_option():
-    assert options.numbers(int, True)("2") == 2 and options.numbers(int, True)("2,") == (2,)
-    assert options.numbers(int, False)("2") == (2,) and options.numbers(float, True)("1, 0.5") == (1.0, 0.5)
+    assert options.numbers(int, int)("2") == 2 and options.numbers(int, int)("2,") == (2,)
+    assert options.numbers(int)("2") == (2,) and options.numbers(float, float)("1, 0.5") == (1.0, 0.5)
+    assert repr(options.numbers(float, int)("2")) == "2" and options.numbers(float, int)("0,0.5") == (0.0, 0.5)
 
 
 def test_families(run):

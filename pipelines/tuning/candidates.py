@@ -1,0 +1,153 @@
+"""What is searched: configurations with values of their own for every full step, and how one is changed into another."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dit_accel import OutputCacheConfig
+from dit_accel.pipelines.tuning.starts import spaced
+
+OPTIONS = {"damping": (0.0, 0.3, 0.5, 0.7, 0.85, 1.0), "correct": (0.0, 0.25, 0.5, 0.75, 1.0), "order": (0, 1, 2)}
+MOST = 1.5  # that a damping or a correction may become
+HOWS = (("polynomial", "output"), ("logit", "output"), ("polynomial", "data"))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration as it is searched: orders, dampings and corrections for every full step, `guided` those with both guidance
+    branches; `run` are the run's steps as shares of the pipeline's own, which it has if there are none."""
+
+    steps: tuple[int, ...]
+    orders: tuple[int, ...]
+    dampings: tuple[float, ...]
+    corrects: tuple[float, ...]
+    how: str = "logit"
+    space: str = "output"
+    guided: tuple[int, ...] | None = None
+    run: tuple[float, ...] = ()
+
+    @property
+    def cost(self) -> float:
+        """In full evaluations of both branches of guidance."""
+        return float(len(self.steps)) if self.guided is None else (len(self.steps) + len(self.guided)) / 2
+
+    @property
+    def config(self) -> OutputCacheConfig:
+        lists = (self.orders, self.dampings, self.corrects)
+        order, damping, correct = (values[0] if len(set(values)) == 1 else values for values in lists)
+        how: dict[str, Any] = {"order": order, "damping": damping, "how": self.how if self.space == "output" else "polynomial"}
+        if max(self.orders) == 0:  # damping and how then say nothing
+            how = {"order": 0}
+        steps: Any = len(self.run) if self.run == even(len(self.run)) else self.run
+        return OutputCacheConfig(
+            full_steps=self.steps, sampler_steps=steps or None, space=self.space, correct=correct, guidance_steps=self.guided, **how
+        )
+
+    def at(self, places: Sequence[int], steps: Sequence[int], guided: tuple[int, ...] | None) -> Candidate:
+        """Other full steps, each with the values of one of these."""
+        lists = ([values[i] for i in places] for values in (self.orders, self.dampings, self.corrects))
+        orders, dampings, corrects = map(tuple, lists)
+        return replace(self, steps=tuple(steps), orders=orders, dampings=dampings, corrects=corrects, guided=guided)
+
+
+def even(count: int) -> tuple[float, ...]:
+    """Where the steps of a run of so many lie."""
+    return tuple(round(i / count, 4) for i in range(count))
+
+
+def changed(one: Candidate, steps: int, most: float, halves: bool, rng: random.Random) -> Candidate:
+    """A candidate with one thing changed, or all weights a little, which costs at most as much."""
+    asked, steps = steps, len(one.run) or steps
+    kinds = {"move": 6, "run": 6, "weights": 6, "damping": 2, "order": 2, "correct": 2, "how": 1, "guidance": 2 * halves}
+    if len(one.steps) == steps:  # nothing is forecast
+        kinds = {"run": 6, "guidance": 2 * halves}
+    kind = rng.choices([*kinds], [*kinds.values()])[0]
+    if kind == "run":
+        return elsewhere(one, steps, asked, rng)
+    i = rng.randrange(len(one.steps))
+    if kind == "move" and len(one.steps) > 1:
+        i = rng.randrange(1, len(one.steps))
+        free = sorted(set(range(1, steps)) - set(one.steps))
+        near = [step for step in free if abs(step - one.steps[i]) <= 2] or free or [one.steps[i]]
+        new = rng.choice(near if rng.random() < 0.7 or not free else free)
+        guided = None if one.guided is None else tuple(sorted({new if s == one.steps[i] else s for s in one.guided}))
+        return replace(one, steps=tuple(sorted({*one.steps} - {one.steps[i]} | {new})), guided=guided)
+    if kind == "weights":
+        spread = rng.choice((0.05, 0.1, 0.25))
+        dampings, corrects = (
+            tuple(round(min(max(value + rng.gauss(0, spread), 0.0), MOST), 2) for value in values)
+            for values in (one.dampings, one.corrects)
+        )
+        return replace(one, dampings=dampings, corrects=corrects)
+    if kind in ("damping", "order", "correct"):
+        values: list[Any] = list(getattr(one, f"{kind}s"))
+        value = rng.choice([option for option in OPTIONS[kind] if option != values[i]])
+        places = range(len(values)) if rng.random() < 0.4 else (range(i, len(values)) if rng.random() < 0.5 else (i,))
+        for place in places:
+            values[place] = value
+        return replace(one, **{f"{kind}s": tuple(values)})
+    if kind == "how":
+        how, space = rng.choice([both for both in HOWS if both != (one.how, one.space)])
+        return replace(one, how=how, space=space)
+    return guided_otherwise(one, steps, most, rng) if halves else one
+
+
+def elsewhere(one: Candidate, steps: int, asked: int, rng: random.Random) -> Candidate:
+    """With one, two or all of the run's steps at other places; or with a forecast step more, up to those asked for, or less."""
+    places, forecast, made = [*(one.run or even(steps)), 1.0], sorted(set(range(steps)) - set(one.steps)), one
+    kind = rng.random()
+    if (kind < 0.15 and steps < asked) or (0.15 <= kind < 0.3 and forecast):
+        at = rng.choice(forecast) if kind >= 0.15 else rng.randrange(1, steps + 1)
+        more = -1 if kind >= 0.15 else 1
+        places[at : at + (more < 0)] = [(places[at - 1] + places[at]) / 2] * (more > 0)
+        renumbered = [tuple(s + more * (s >= at) for s in some) for some in (one.steps, one.guided or ())]
+        made = replace(one, steps=renumbered[0], guided=None if one.guided is None else renumbered[1])
+    elif kind < 0.5:  # all of them bent
+        power, bend = math.exp(rng.gauss(0, 0.1)), rng.gauss(0, 0.03)
+        places = [place**power + bend * math.sin(2 * math.pi * place) for place in places]
+    else:
+        most = rng.choice((1, 2, len(places)))
+        for at in rng.sample(range(1, len(places) - 1), min(most, len(places) - 2)):
+            room = min(places[at] - places[at - 1], places[at + 1] - places[at])
+            places[at] += max(-0.9, min(0.9, rng.gauss(0, 0.3))) * room
+    run = tuple(round(max(0.0, place), 4) for place in places[:-1])
+    valid = run[0] == 0 and run[-1] < 1 and list(run) == sorted(set(run))
+    return replace(made, run=run) if valid else one
+
+
+def guided_otherwise(one: Candidate, steps: int, most: float, rng: random.Random) -> Candidate:
+    """With the unconditional branch computed on other steps, and as many full steps as that leaves room for."""
+    guided = set(one.steps if one.guided is None else one.guided)
+    guided ^= {rng.choice(one.steps[1:] or one.steps)}
+    guided |= {0}
+    made = replace(one, guided=tuple(sorted(guided)))
+    while made.cost > most and len(made.steps) > 1:  # without a step, or without its unconditional branch
+        step = rng.choice(made.steps[1:])
+        assert made.guided is not None
+        rest = tuple(s for s in made.guided if s != step)
+        if step in made.guided and rng.random() < 0.5:
+            made = replace(made, guided=rest)
+            continue
+        places = [i for i, own in enumerate(made.steps) if own != step]
+        made = made.at(places, [made.steps[i] for i in places], rest)
+    while made.cost + 0.5 <= most and (free := sorted(set(range(1, steps)) - set(made.steps))):
+        step = rng.choice(free)
+        after = sum(own < step for own in made.steps)
+        places = sorted([*range(len(made.steps)), after - 1])  # its values are those of the step before
+        made = made.at(places, sorted([*made.steps, step]), made.guided)
+    return made
+
+
+def fewer(one: Candidate, most: float) -> Candidate:
+    """As many of its full steps as that leaves room for, evenly thinned out; the first one stays."""
+    for count in range(len(one.steps), 0, -1):
+        kept = spaced(len(one.steps), count, lambda share: share)
+        steps = [one.steps[i] for i in kept]
+        thin = one.at(kept, steps, None if one.guided is None else tuple(step for step in steps if step in one.guided))
+        if thin.cost <= most:
+            break
+    return thin
