@@ -182,4 +182,9 @@ def choose(model: Any, speedup: float | None, min_psnr: float | None) -> Recipe 
     if enough := [one for one in found if one.speedup >= speedup]:
         return max(enough, key=lambda one: (one.psnr[0], -one.speedup))
     tolerance = float(np.interp(speedup, [*TOLERANCES], [*TOLERANCES.values()]))
-    return OutputCacheConfig(interval=round(2 * speedup), tolerance=tolerance)
+    return OutputCacheConfig(interval=longest_interval(speedup), tolerance=tolerance)
+
+
+def longest_interval(speedup: float) -> int:
+    """Without a recipe: the longest interval of steps allowed."""
+    return round(2 * speedup)

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 REACHED = 0.97  # share of the speed asked for that is near enough: full steps come one by one
 STRIP = 3  # prompts on the page, with a picture at every speed
 # What tells models of one class apart, where their configurations have it.
-SHAPE = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "guidance_embeds")
+SHAPE = ("num_layers", "num_single_layers", "n_layers", "num_attention_heads", "attention_head_dim", "guidance_embeds")
 
 
 def prompts_for(pipeline: str, file: Path | None, searched: int, measured: int) -> list[str]:

@@ -26,6 +26,7 @@ from dit_accel.pipelines.tuning.candidates import Candidate, changed, even
 from dit_accel.pipelines.tuning.starts import schedules, trajectory
 
 RACE = (2, 4)  # so many prompts have to be won before a candidate is tried on more
+SLACK = 1.5  # dB that a start may be farther on the fewest prompts to be tried on more
 BEST = 60.0  # dB that identical pictures count as: among so close ones, differences say nothing
 TIMED = 5  # pairs of runs that are timed
 IDLE = 400  # changes in a row that bring nothing before a search ends
@@ -33,8 +34,10 @@ IDLE = 400  # changes in a row that bring nothing before a search ends
 # one; the last is fewer steps of Euler's method at the best times.
 MANNERS = (
     (1, 0.7, 0.5, "logit", "output"),
-    (1, 0.85, 0.0, "logit", "output"),
+    (1, 0.85, 0.25, "polynomial", "output"),
     (1, 0.7, 0.25, "polynomial", "data"),
+    (1, 0.85, 0.0, "logit", "output"),
+    (1, 1.0, 0.0, "polynomial", "output"),
     (1, 1.0, 1.0, "logit", "output"),
     (1, 1.0, 1.0, "polynomial", "data"),
     (1, 0.7, 0.0, "polynomial", "output"),
@@ -128,10 +131,14 @@ class Bench:
         """Likeness on all prompts."""
         return float(np.mean(self.psnr(config, range(len(self.prompts)))))
 
-    def better(self, candidate: OutputCacheConfig, incumbent: OutputCacheConfig) -> bool:
-        """Whether a candidate is closer: on the mean of few prompts, of some, and of all."""
+    def better(self, candidate: OutputCacheConfig, incumbent: OutputCacheConfig, slack: float = 0.0) -> bool:
+        """Whether a candidate is closer on the mean of all prompts, and on that of few not farther by more than `slack` dB."""
         counts = sorted({min(count, len(self.prompts)) for count in (*RACE, len(self.prompts))})
-        return all(np.mean(np.subtract(*(self.psnr(c, range(count)) for c in (candidate, incumbent)))) > 0 for count in counts)
+        return all(
+            np.mean(np.subtract(*(self.psnr(c, range(count)) for c in (candidate, incumbent))))
+            > (0.0 if count == len(self.prompts) else -slack * counts[0] / count)
+            for count in counts
+        )
 
 
 def search(
@@ -154,21 +161,17 @@ def search(
     kinds = [(count, 1)]
     if halves:  # more full steps, of which every second or third has both branches
         kinds += [(min(steps, math.floor(2 * most * every / (every + 1))), every) for every in (2, 3)]
-    starts = [
-        plain(schedule, manner, every)
-        for number, every in kinds
-        for schedule in schedules(steps, number, *along)
-        for manner in MANNERS[:3]
-    ]
-    for number, every in kinds:  # fewer steps; and twice or three times as many, of which every second or third is full
+    starts = list[Candidate]()
+    for number, every in kinds:  # fewer steps; twice or three times as many, of which every second or third is full; and others
         starts += [plain(range(number), MANNERS[-1], every, number)]
         starts += [plain(range(0, n * number, n), m, every, n * number) for n in (2, 3) for m in MANNERS[:3] if n * number <= steps]
+        starts += [plain(schedule, manner, every) for schedule in schedules(steps, number, *along) for manner in MANNERS[:3]]
     best, *others = [one for one in starts if one.cost <= most]
-    for one in others:
-        best = one if bench.better(one.config, best.config) else best
+    for one in others:  # which differ much: that few prompts like one less says little
+        best = one if bench.better(one.config, best.config, SLACK) else best
     every = 1 if best.guided is None else -(-len(best.steps) // len(best.guided))
     for one in [*[replace(plain(best.steps, manner, every), run=best.run) for manner in MANNERS], *first]:
-        best = one if one.cost <= most and bench.better(one.config, best.config) else best
+        best = one if one.cost <= most and bench.better(one.config, best.config, SLACK) else best
     tried, idle = {best}, 0
     while bench.spent - begun < seconds and idle < IDLE:
         one = changed(best, steps, most, halves, rng)

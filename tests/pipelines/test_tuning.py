@@ -89,7 +89,7 @@ class Known:
         self.wanted, self.damping, self.spent = set(wanted), damping, 0.0
         self.settings, self.prompts = SimpleNamespace(steps=12), ["a"] * 4
 
-    def better(self, candidate, incumbent):
+    def better(self, candidate, incumbent, slack=0.0):
         self.spent += 1
         return self.worth(candidate) > self.worth(incumbent)
 
@@ -98,6 +98,7 @@ class Known:
             -len(self.wanted ^ set(config.full_steps))
             - abs(np.mean(config.damping) - self.damping)
             - abs(np.mean(config.correct) - 0.25)
+            - 5 * (config.sampler_steps is not None)
         )
 
 
@@ -111,6 +112,15 @@ def test_the_search_finds_the_best_there_is_and_ends_in_time():
     )
     bench = Known((0, 3, 4, 11), 0.5)
     assert search(bench, 4.4, 20, False, (outputs, levels))[1] <= 40, "starts are all tried"
+
+
+def test_few_prompts_do_not_decide_about_what_differs_much(flux_path, tmp_path, monkeypatch):
+    """On the first two prompts b is 1 dB farther, on all of them 1 dB closer; c is closer on those two alone."""
+    likeness = {"a": [20.0] * 6, "b": [19.0, 19.0, 22.0, 22.0, 22.0, 22.0], "c": [25.0, 25.0] + [10.0] * 4}
+    bench = Bench(None, ["red"] * 6, None, tmp_path / "none")
+    monkeypatch.setattr(bench, "psnr", lambda config, places: [likeness[config][i] for i in places])
+    assert not bench.better("b", "a") and bench.better("b", "a", 1.5) and not bench.better("b", "a", 0.9)
+    assert not bench.better("c", "a") and not bench.better("c", "a", 1.5)
 
 
 def bench_of(pipe, path, **more):
