@@ -155,7 +155,7 @@ def seconds(pipelines: list[str] = Pipelines, output: Path = Output) -> None:
         own, steps = [one for one in SETTINGS if one.selector != ORACLE], bench.steps
         for setting in track(own, description=name):
             config = setting.config(steps, steps // 3, 1.0)
-            costs[setting] = [bench.costs(config, prompt) for prompt in TIMED for _ in range(2)]
+            costs[setting] = [bench.costs(config, prompt) for prompt in TIMED]
         rows = []
         for setting in own:
             alike = [one for one in own if (one.attention, one.selector) == (setting.attention, setting.selector)]

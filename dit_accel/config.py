@@ -10,24 +10,8 @@ from typing import Any
 from dit_accel import how, when
 from dit_accel.how import MOST
 from dit_accel.names import look_up
-from dit_accel.options import Options, option
+from dit_accel.options import Options, device_known, option, selector_known
 from dit_accel.presets import PRESETS
-
-
-def _selector(name: str) -> None:
-    from dit_accel import which  # which loads torch, and the commands show their help without it
-
-    which.get(name)
-
-
-def _device(name: str) -> None:
-    import torch
-
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"cache_device must name a device of torch, not {name!r}.") from error
-
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 SEED = "Random seed for the selection; the initial noise has its own."
@@ -54,7 +38,7 @@ class TokenCacheConfig(Options):
     cache_ratio: float = option(
         0.9, "Share of the tokens taken from the cache on a partial step: 0 caches nothing; at 1, no token is computed.", 0, 1
     )
-    selector: str | Callable[..., Any] = option("random", SELECTOR, known=_selector)
+    selector: str | Callable[..., Any] = option("random", SELECTOR, known=selector_known)
     warmup_steps: int = option(1, "Number of full steps at the start, at least 1.", 1)
     interval_spread: float = option(
         0.0, "w, by which the interval shrinks along the run: round(N / (1 - w + 2 w s / S)) after full step s of S.", 0, 0.99
@@ -103,7 +87,7 @@ class TokenCacheConfig(Options):
     cache_dtype: str | None = option(
         None, "Cache dtype, such as float8_e4m3fn; by default the model's.", choices=(None, *CACHE_DTYPES)
     )
-    cache_device: str | None = option(None, "Cache device, such as cpu; by default the model's.", known=_device)
+    cache_device: str | None = option(None, "Cache device, such as cpu; by default the model's.", known=device_known)
     published_as = ""  # not an option: the preset that it was made from
 
     @classmethod
@@ -225,6 +209,13 @@ class OutputCacheConfig(Options):
         "two.",
         0,
     )
+    merged_steps: tuple[int, ...] | int | None = option(
+        None,
+        "Full steps on which the transformer sees the picture at a fraction of its side: their numbers, or one number n for steps "
+        "before the n-th. Costs likeness to the uncached picture, and less of the picture's quality: for 5x and more.",
+        0,
+    )
+    merged_side: int = option(2, "That fraction, as 1 over this.", 2, choices=(2, 4))
     how: str | how.Weights = option(
         "polynomial",
         "Weights for past outputs: reuse, polynomial, taylor, hermite, or your own (`register_how`, or in Python a function).",
@@ -256,7 +247,7 @@ class OutputCacheConfig(Options):
         2,
     )
     compute_ratio: float = option(0.0, "Share of the image tokens computed between full steps, the same in all layers.", 0, 1)
-    selector: str | Callable[..., Any] = option("random", SELECTOR, known=_selector)
+    selector: str | Callable[..., Any] = option("random", SELECTOR, known=selector_known)
     attention: str = option(
         "reuse",
         "Attention of the computed tokens: reuse that of the last full step; or fresh, computed against the keys and values of the "
@@ -272,7 +263,7 @@ class OutputCacheConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("full_steps", "guidance_steps"):
+        for name in ("full_steps", "guidance_steps", "merged_steps"):
             if isinstance(value := getattr(self, name), tuple) and list(value) != sorted(set(value)):
                 raise ValueError(f"{name} must be numbers of steps, counted from 0 and ascending, not {value!r}.")
         places = self.sampler_steps if isinstance(self.sampler_steps, tuple) else (0.0,)
@@ -285,8 +276,8 @@ class OutputCacheConfig(Options):
             raise ValueError("guidance_steps must be a whole number of at least 1, not 0; or numbers of steps.")
         if sum(value is not None for value in (self.full_steps, self.tolerance, self.when)) > 1:
             raise ValueError("full_steps, tolerance and when each say when a step is full; give one of them.")
-        if self.compute_ratio and (any(each(self.correct)) or self.space == "data"):
-            raise ValueError("correct and space='data' are about steps that are forecast as a whole; leave compute_ratio at 0.")
+        if self.compute_ratio and (any(each(self.correct)) or self.space == "data" or self.merged_steps):
+            raise ValueError("correct, space='data' and merged_steps are about all tokens alike; leave compute_ratio at 0.")
         if (self.space, self.how) == ("data", "logit"):
             raise ValueError("space='data' takes the logarithm of signal over noise for the time already; leave how='logit' out.")
 

@@ -53,6 +53,7 @@ RULES = (
     Rule(OutputCacheConfig, ("how", "damping"), lambda c: max(each(c.order)) == 0, "with order=0"),
     Rule(OutputCacheConfig, ("guidance_order",), lambda c: c.guidance_steps is None, "without guidance_steps"),
     Rule(OutputCacheConfig, ("selector", "attention", "seed"), lambda c: c.compute_ratio == 0, "without compute_ratio"),
+    Rule(OutputCacheConfig, ("merged_side",), lambda c: not c.merged_steps, "without merged_steps"),
     Rule(TokenMergeConfig, ("seed",), lambda c: not c.randomize, "with randomize=False"),
 )
 
@@ -99,7 +100,7 @@ def of_run(config: Any, steps: int | None, given: Collection[str] | None = None,
         said.append(f"warmup_steps={config.warmup_steps} covers all {steps} steps: nothing is left out of any.")
     elif "interval" in _given(config, given) and config.interval > steps:
         said.append(f"interval={config.interval} is longer than the run of {steps} steps: there is one full step at its start.")
-    for name in ("full_steps", "guidance_steps"):
+    for name in ("full_steps", "guidance_steps", "merged_steps"):
         asked = getattr(config, name, None)
         if isinstance(asked, tuple) and (late := [step for step in asked if step >= steps]):
             which = ", ".join(map(str, late))

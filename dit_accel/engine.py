@@ -20,6 +20,8 @@ class Run:
     tokens: int = 0  # that can be selected
     grid: tuple[int, int] = (1, 1)  # rows and columns of the picture
     halves: bool = False  # whether both halves of guidance are in the batch
+    merged: int = 0  # tokens that a step of merged_steps leaves out
+    packed: bool = False  # whether latents are rows of 2 x 2 places
     asked: int = 0  # steps that the pipeline was asked for, if the run has others
 
 

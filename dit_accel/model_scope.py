@@ -5,6 +5,7 @@ where the family is described in families/.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,14 +15,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from dit_accel import spaces, store, which
+from dit_accel import input_merge, spaces, store, which
 from dit_accel.clock import Call, Moment
 from dit_accel.config import OutputCacheConfig, each
 from dit_accel.engine import Engine
 from dit_accel.families.rows import UNCONDITIONAL_FIRST
 from dit_accel.families.table import lookup
+from dit_accel.input_merge import InputMerge
 from dit_accel.packed import Packed
-from dit_accel.plan import Past, StepPlan, Todo, difference, forecast, guided, rule, step_plan
+from dit_accel.plan import Past, StepPlan, Todo, difference, forecast, guided, merges, rule, step_plan
 from dit_accel.recipe import Recipe
 from dit_accel.steps import Memory
 from dit_accel.subset import subset_check
@@ -67,8 +69,11 @@ class ModelScope(Engine):
             raise TypeError(f"{name} is not a transformer of diffusers.")
         super().__init__(transformer)
         self.recipe = recipe
+        self.latest: Moment | None = None  # of the last call, with the times that the transformer is told
         self.config, self.rule, self.family, self.packed = config, rule(config), family, None
         self.order = UNCONDITIONAL_FIRST if family is None else family.batched_guidance  # of guidance in one batch
+        if config.merged_steps and family is None:
+            raise TypeError(f"The picture of {name} cannot be merged: its tokens are not described. Leave merged_steps out.")
         if config.compute_ratio:
             if family is None:
                 raise TypeError(f"No tokens of {name} can be selected: its blocks are not described. Set compute_ratio=0.")
@@ -122,30 +127,43 @@ class ModelScope(Engine):
             even = isinstance(latents, torch.Tensor) and len(latents) % 2 == 0 and self.order == UNCONDITIONAL_FIRST
             # Two pictures of one seed are no guidance where the call has a branch's name.
             self.run.halves = even and name in (None, "cond_uncond") and bool(torch.equal(*latents.chunk(2)))
-        if self.packed is None:
+        if self.family is None or (self.packed is None and not self.config.merged_steps):
             return
-        self.run.tokens = self.packed.family.count(self.transformer.config, given)
-        frames, height, width = self.packed.family.grid(self.transformer.config, given)
+        frames, height, width = self.family.grid(self.transformer.config, given)
         self.run.grid = frames * height, width
+        if self.packed is not None:
+            self.run.tokens = self.packed.family.count(self.transformer.config, given)
+            return
+        side = self.config.merged_side
+        self.run.packed = input_merge.refuse(self.transformer, latents, (height, width), side)
+        self.run.merged = frames * height * width * (side**2 - 1) // side**2
 
     def new_branch(self) -> Branch:
         return Branch()
 
     def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
-        if self.config.space == "data":
+        if self.config.space == "data" or self.config.merged_steps:
             if not moment.levels or moment.predicts not in spaces.IMPLIED:
+                asked = "space='data' needs" if self.config.space == "data" else "merged_steps needs"
                 raise ValueError(
-                    "space='data' needs a scheduler that tells the noise of every step; call the pipeline that dit_accel.apply was "
-                    "given, or use space='output'."
+                    f"{asked} a scheduler that tells the noise of every step; call the pipeline that dit_accel.apply was given, or "
+                    "leave it out."
                 )
             signs = [moment.times[-1] - moment.times[0], moment.levels[-1][1] - moment.levels[0][1]]
             turned = moment.predicts == "flow_prediction" and signs[0] * signs[1] < 0  # Z-Image, Lumina 2
+            moment = replace(moment, predicts="reversed" if turned else moment.predicts)
+        self.latest = moment
+        if self.config.space == "data":
             times = tuple(math.log(alpha / sigma) for alpha, sigma in moment.levels)
-            predicts = "reversed" if turned else moment.predicts
-            moment = replace(moment, time=times[moment.step], times=times, predicts=predicts)
+            moment = replace(moment, time=times[moment.step], times=times)
         return super().answer(moment, call, given)
 
     def plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:
+        plan = self._plan(branch, moment, call)
+        merged = self.run.merged if plan.mode is Mode.FULL and merges(self.config, moment.step) else 0
+        return replace(plan, merged=merged) if merged else plan
+
+    def _plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:
         branch.conditional = self._conditional(moment, call)
         if branch.conditional is not None and self.config.guidance_steps is not None:
             weights, turn = difference(self.config, moment.time, branch.past), self.branches[0].past.number - 1
@@ -174,6 +192,12 @@ class ModelScope(Engine):
         if plan.rows == 0.5:
             part = functools.partial(store.later_rows, batch=len(call.latents), share=0.5)
             change = torch.compiler.disable(functools.partial(tree_map, part))
+        merge = None
+        if plan.merged:
+            names = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
+            merge = InputMerge(self.latest or moment, config.merged_side, self.run.grid, self.run.packed, names)
+            half, shrink = change or (lambda nest: nest), torch.compiler.disable(merge.shrink)
+            change = lambda nest: half(shrink(nest))  # noqa: E731
         if plan.rows and self.packed is not None and branch.conditional is None:
             if full:
                 pictures = len(call.latents) // 2 if self.run.halves else 0
@@ -189,6 +213,8 @@ class ModelScope(Engine):
             leaves = output
             if instead is None:
                 leaves, branch.spec = tree_flatten(output)
+            if merge is not None:
+                leaves = [merge.enlarge(leaves[0], call.latents), *leaves[1:]]
             leaves = self._answer(plan, branch, moment, call, leaves)
             branch.conditional = None
             if 0 < moment.branch == max(self.branches):  # nobody asks any more

@@ -36,6 +36,21 @@ def option(default: Any, help: str, least: float = -math.inf, most: float = math
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def selector_known(name: str) -> None:
+    from dit_accel import which  # which loads torch, and the commands show their help without it
+
+    which.get(name)
+
+
+def device_known(name: str) -> None:
+    import torch
+
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"cache_device must name a device of torch, not {name!r}.") from error
+
+
 def _plain(value: Any) -> Any:
     """A value of Python for one of numpy, and the name of a type or a device of torch."""
     if isinstance(value, (np.generic, np.ndarray)):

@@ -195,6 +195,12 @@ def rule(config: OutputCacheConfig | TokenCacheConfig) -> when.Rule:
     return lambda progress: 1 if progress.step + 1 < config.warmup_steps else chosen(progress)
 
 
+def merges(config: OutputCacheConfig, step: int) -> bool:
+    """Whether this step, if full, sees the picture at a fraction of its side."""
+    steps = config.merged_steps or 0
+    return step in steps if isinstance(steps, tuple) else step < steps
+
+
 def guided(steps: tuple[int, ...] | int, step: int, number: int) -> bool:
     """Whether a full step, before which there were `number`, computes the unconditional branch too."""
     return step in steps if isinstance(steps, tuple) else number % steps == 0

@@ -1,0 +1,135 @@
+"""Full steps on fewer tokens: the transformer sees means over cells of the picture, which are a sample of a smaller one.
+
+At a step, latents are alpha * picture + sigma * noise. Their mean over a cell of f x f has as much of the mean picture and an f-th
+of the noise; scaled, it is what the transformer expects of a picture of an f-th of the side at a lower noise level. The picture
+that it predicts there, enlarged, and the latents make up the output for the scheduler, whose latents stay whole: low resolution
+first, as in MrFlow (arXiv 2607.01642), with the stock pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dit_accel import spaces
+from dit_accel.clock import ARGUMENTS, Moment
+
+PACKED = ("FluxTransformer2DModel",)  # latents in rows of 2 x 2 places, with ids of the rows' places
+UNKNOWN = ((0.5, 0.5),), "flow_prediction"  # levels, where only work is counted
+
+
+@dataclass(frozen=True)
+class InputMerge:
+    """What one call sees of the picture.
+
+    Attributes:
+        moment: where it lies, with the levels of its steps.
+        side: of a cell, in latents.
+        grid: rows and columns of tokens.
+        packed: whether latents are rows of 2 x 2 places.
+    """
+
+    moment: Moment
+    side: int
+    grid: tuple[int, int]
+    packed: bool
+    names: tuple[str, ...] = ()  # of the transformer's arguments, in order
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        return (self.moment.levels or UNKNOWN[0])[self.moment.step if self.moment.levels else 0]
+
+    @property
+    def smaller(self) -> tuple[float, float]:
+        """alpha and sigma of the small picture."""
+        alpha, sigma = self.levels[0], self.levels[1] / self.side
+        scale = alpha + sigma if self.flow else math.hypot(alpha, sigma)
+        return alpha / scale, sigma / scale
+
+    @property
+    def flow(self) -> bool:
+        return (self.moment.predicts or UNKNOWN[1]) in ("flow_prediction", "reversed")
+
+    @property
+    def time(self) -> float:
+        """As the transformer is told that of the small picture."""
+        moment, sigma = self.moment, self.smaller[1]
+        if not moment.levels:
+            return moment.time
+        if self.flow:
+            own = 1000 * moment.levels[moment.step][1]
+            told = min(ARGUMENTS, key=lambda argument: abs(argument(own) - moment.time))
+            return told(1000 * sigma)
+        ratios = [math.log(alpha / sigma) for alpha, sigma in moment.levels]
+        return float(np.interp(math.log(self.smaller[0] / sigma), ratios, moment.times))
+
+    def shrink(self, nest: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the call for the small picture; ValueError for those that it cannot have."""
+        kwargs = {**dict(zip(self.names, nest[0], strict=False)), **nest[1]}
+        if given := [name for name, value in kwargs.items() if name.startswith("controlnet") and value is not None]:
+            raise ValueError(f"{given[0]} belongs to all tokens, and a step of merged_steps has fewer: leave one of them out.")
+        (name, latents), *_ = ((n, kwargs[n]) for n in ("hidden_states", "x") if n in kwargs)
+        changed: dict[str, Any] = {name: self.scale * self.pooled(latents)}
+        for told in ("timestep", "t"):
+            if isinstance(old := kwargs.get(told), torch.Tensor):
+                if old.ndim > 1:
+                    raise ValueError("Every token has a time of its own here, which merged_steps cannot give it: leave it out.")
+                changed[told] = torch.full_like(old, self.time, dtype=old.dtype if old.is_floating_point() else torch.float32)
+        if self.packed:
+            ids, (height, width) = kwargs["img_ids"], self.grid
+            places = ids.unflatten(-2, (height, width))[..., : height // self.side, : width // self.side, :]
+            changed["img_ids"] = places.flatten(-3, -2)
+        return (), {**kwargs, **changed}
+
+    @property
+    def scale(self) -> float:
+        return self.smaller[0] / self.levels[0]
+
+    def enlarge(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The output that the scheduler gets of what came out for the small picture."""
+        predicts = spaces.IMPLIED[self.moment.predicts or UNKNOWN[1]]
+        latents = latents[-len(output) :]
+        small = spaces.implied(output, self.scale * self.pooled(latents), predicts(*self.smaller))
+        return spaces.output_of(self.spread(small), latents, predicts(*self.levels))
+
+    def pooled(self, latents: torch.Tensor) -> torch.Tensor:
+        picture = self._places(latents, self.grid)
+        return self._rows(F.avg_pool2d(picture.flatten(1, -3), self.side).unflatten(1, picture.shape[1:-2]))
+
+    def spread(self, picture: torch.Tensor) -> torch.Tensor:
+        """Every place of a small picture as a cell of the large one."""
+        height, width = self.grid
+        places = self._places(picture, (height // self.side, width // self.side))
+        return self._rows(places.repeat_interleave(self.side, -2).repeat_interleave(self.side, -1))
+
+    def _places(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """[B, C, ..., H, W] of latents in whichever layout."""
+        if not self.packed:
+            return latents
+        parts: torch.Tensor = latents.unflatten(1, grid).unflatten(-1, (-1, 2, 2))  # [B, h, w, C, 2, 2]
+        return torch.flatten(parts.permute(0, 3, 1, 4, 2, 5).flatten(4, 5), 2, 3)
+
+    def _rows(self, places: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_places`."""
+        if not self.packed:
+            return places
+        parts: torch.Tensor = places.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h, 2, w, 2]
+        return torch.flatten(parts.permute(0, 2, 4, 1, 3, 5).flatten(3, 5), 1, 2)
+
+
+def refuse(transformer: Any, latents: Any, grid: tuple[int, int], side: int) -> bool:
+    """Whether latents come packed; ValueError if this transformer's cannot be merged."""
+    name, packed = type(transformer).__name__, type(transformer).__name__ in PACKED
+    sides = latents.shape[-2:] if isinstance(latents, torch.Tensor) and latents.ndim > 3 else (1, 0)
+    if not packed and (sides[0] % grid[0] or sides[0] * grid[1] != sides[1] * grid[0]):
+        raise ValueError(f"The latents of {name} do not come as a picture, so merged_steps cannot merge their cells; leave it out.")
+    if grid[0] % side or grid[1] % side:
+        raise ValueError(
+            f"merged_steps merges cells of {side} x {side} tokens, which do not divide {grid[0]} x {grid[1]}; choose another size."
+        )
+    return packed

@@ -1,0 +1,192 @@
+"""Steps on which the transformer sees a smaller picture: the algebra on pictures that are known, a reference, and every family."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit_accel
+from dit_accel import OutputCacheConfig
+from dit_accel.clock import Moment
+from dit_accel.input_merge import InputMerge
+from tests.dit_accel import tiny_pipelines
+
+PIPELINES = dict(tiny_pipelines.pipelines())
+SERVED = {"flux", "flux-true-guidance", "sd3", "auraflow", "lumina2", "cogview4", "pixart", "wan", "wan2.2", "hunyuan-video"}
+SERVED |= {"mochi", "prx", "dit", "cogvideox"}
+
+
+def merge(predicts="flow_prediction", level=(0.4, 0.6), packed=False, side=2, grid=(4, 6)):
+    return InputMerge(Moment(False, False, 0, 0, 600.0, 1, (600.0,), (level,), predicts), side, grid, packed)
+
+
+def predicted(kind, picture, noise, alpha, sigma):
+    """What an ideal model returns."""
+    return {
+        "flow_prediction": noise - picture,
+        "reversed": picture - noise,
+        "v_prediction": alpha * noise - sigma * picture,
+        "epsilon": noise,
+        "sample": picture,
+    }[kind]
+
+
+@pytest.mark.parametrize("side", [2, 4])
+@pytest.mark.parametrize("kind", ["flow_prediction", "reversed", "v_prediction", "epsilon", "sample"])
+def test_a_flat_picture_comes_out_whole(kind, side):
+    """Where cells are flat, what an ideal model says of the small picture makes up what it says of the large one."""
+    flow = kind in ("flow_prediction", "reversed")
+    alpha, sigma = (0.4, 0.6) if flow else (0.8, 0.6)
+    one, generator = merge(kind, (alpha, sigma), side=side), torch.Generator().manual_seed(0)
+    small = torch.randn(2, 3, 2, 3, generator=generator)
+    picture = small.repeat_interleave(side, -2).repeat_interleave(side, -1)
+    noise = torch.randn(picture.shape, generator=generator)
+    latents = alpha * picture + sigma * noise
+    a, s = one.smaller
+    assert a + s == pytest.approx(1) if flow else math.hypot(a, s) == pytest.approx(1)
+    assert a / s == pytest.approx(side * alpha / sigma), "signal over noise, so many times as high"
+    _, seen = one.shrink(((), {"hidden_states": latents}))
+    means = torch.stack([noise[..., i::side, j::side] for i in range(side) for j in range(side)]).mean(0)
+    small_noise = means * side
+    assert torch.allclose(seen["hidden_states"], a * small + s * small_noise, atol=1e-5)
+    assert small_noise.std() == pytest.approx(1, abs=0.35)
+    output = one.enlarge(predicted(kind, small, small_noise, a, s), latents)
+    assert torch.allclose(output, predicted(kind, picture, noise, alpha, sigma), atol=1e-4)
+
+
+def test_rows_of_packed_latents_are_pictures():
+    """As FLUX packs them: a row holds the 2 x 2 places of one token, channel by channel."""
+    one, latents = merge(packed=True), torch.arange(1.0, 1 + 24 * 8).view(1, 24, 8)
+    picture = torch.zeros(1, 2, 8, 12)
+    for row in range(24):
+        for channel in range(2):
+            for i in range(2):
+                for j in range(2):
+                    picture[0, channel, 2 * (row // 6) + i, 2 * (row % 6) + j] = latents[0, row, 4 * channel + 2 * i + j]
+    plain = merge()
+    pooled, flat = one.pooled(latents), plain.pooled(picture)
+    assert pooled.shape == (1, 6, 8) and torch.equal(one._places(pooled, (2, 3)), flat)
+    assert torch.equal(one._places(one.spread(pooled), (4, 6)), plain.spread(flat))
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(6.0))
+    assert one.shrink(((), {"hidden_states": latents, "img_ids": ids}))[1]["img_ids"].tolist() == [
+        [0, i, j] for i in range(2) for j in range(3)
+    ]
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan", "pixart"])
+def test_a_step_equals_the_reference(name):
+    """The call is watched from outside: what the stock forward gets and returns, and what the pipeline gets."""
+    build, call = PIPELINES[name]
+    pipe, seen, got = build(), [], []
+    stock = pipe.transformer.forward
+    names = [*inspect.signature(stock).parameters]
+
+    def watched(*args, **kwargs):
+        output = stock(*args, **kwargs)
+        seen.extend([dict(zip(names, args, strict=False)) | kwargs, output])
+        return output
+
+    pipe.transformer.forward = watched
+    with dit_accel.applied(pipe, OutputCacheConfig(interval=1, merged_steps=(1,))):
+        handles = [
+            pipe.transformer.register_forward_pre_hook(
+                lambda m, a, k: got.append(dict(zip(names, a, strict=False)) | k), with_kwargs=True
+            ),
+            pipe.transformer.register_forward_hook(lambda m, a, output: got.append(output)),
+        ]
+        call(pipe, steps=6)
+    for handle in handles:
+        handle.remove()
+    calls = len(got) // 2 // 6  # of a step
+    whole, answer, small, returned = (some[2 * calls + i] for some in (got, seen) for i in (0, 1))
+    latents, part = whole["hidden_states"], small["hidden_states"]
+    assert part.shape[-2:] == (latents.shape[-2] // 2, latents.shape[-1] // 2)
+    time = float(pipe.scheduler.timesteps[1])
+    if name == "pixart":
+        share = float(pipe.scheduler.alphas_cumprod[int(time)])
+        alpha, sigma = share**0.5, (1 - share) ** 0.5
+        ratio = 2 * alpha / sigma
+        a, s = ratio / math.hypot(1, ratio), 1 / math.hypot(1, ratio)
+        ratios = (pipe.scheduler.alphas_cumprod / (1 - pipe.scheduler.alphas_cumprod)) ** 0.5
+        assert float(small["timestep"].flatten()[0]) == pytest.approx(float((ratios - ratio).abs().argmin()), abs=25)
+    else:
+        sigma = time / 1000
+        alpha = 1 - sigma
+        s = sigma / 2 / (alpha + sigma / 2)
+        a = 1 - s
+        assert float(small["timestep"].flatten()[0]) == pytest.approx(1000 * s, rel=1e-3)
+    mean = sum(latents[..., i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+    assert torch.allclose(part, mean * a / alpha, atol=1e-5)
+    result = returned[0][:, : part.shape[1]]
+    picture = a * part - s * result if pipe.scheduler.config.get("prediction_type") == "v_prediction" else part - s * result
+    if name == "pixart" and pipe.scheduler.config.prediction_type == "epsilon":
+        picture = (part - s * result) / a
+    picture = picture.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    expected = (latents - picture) / sigma if name != "pixart" else (latents - alpha * picture) / sigma
+    assert torch.allclose(answer[0][:, : part.shape[1]], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_family_is_served_or_refused_with_the_reason(name):
+    build, call = PIPELINES[name]
+    pipe = build()
+    plain = call(pipe, steps=6)
+    with dit_accel.applied(pipe, OutputCacheConfig(interval=1, merged_steps=2)):
+        if name not in SERVED:
+            with pytest.raises(ValueError, match="do not come as a picture|a time of its own"):
+                call(pipe, steps=6)
+            return
+        found = call(pipe, steps=6)
+        assert found.isfinite().all() and found.shape == plain.shape and not torch.equal(found, plain)
+        report = dit_accel.report(pipe)
+        assert {c.step for c in report.calls if c.merged} == {0, 1} and report.flops_ratio > 1
+        assert torch.equal(call(pipe, steps=6), found)
+    assert torch.equal(call(pipe, steps=6), plain)
+
+
+def test_with_no_step_merged_nothing_changes():
+    build, call = PIPELINES["flux"]
+    pipe = build()
+    plain = call(pipe, steps=6)
+    for config in (OutputCacheConfig(interval=1, merged_steps=0), OutputCacheConfig(interval=1, merged_steps=(7,))):
+        with dit_accel.applied(pipe, config), pytest.warns(UserWarning):
+            assert torch.equal(call(pipe, steps=6), plain)
+
+
+def test_with_the_forecast_and_with_half_of_the_guidance():
+    for name, more in (("flux", {}), ("pixart", {"guidance_steps": 2})):
+        build, call = PIPELINES[name]
+        pipe = build()
+        with dit_accel.applied(pipe, OutputCacheConfig(full_steps=(0, 1, 2, 4, 6), merged_steps=(0, 1, 4), **more)):
+            assert call(pipe, steps=8).isfinite().all()
+            report = dit_accel.report(pipe)
+        assert [c.step for c in report.calls if c.merged] == [0, 1, 4] and report.partial_steps == 3
+
+
+def test_flops_are_those_of_the_run():
+    build, call = PIPELINES["flux"]
+    pipe = build()
+    with dit_accel.applied(pipe, OutputCacheConfig(full_steps=(0, 2, 4), merged_steps=(0, 2))):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call(pipe, steps=6)
+        assert sum(dit_accel.report(pipe).flops) == counter.get_total_flops()
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="merged_steps are about all tokens"):
+        OutputCacheConfig(merged_steps=2, compute_ratio=0.3)
+    with pytest.raises(ValueError, match="merged_side must be one of 2, 4"):
+        OutputCacheConfig(merged_steps=2, merged_side=3)
+    build, call = PIPELINES["flux"]
+    pipe = build()
+    with dit_accel.applied(pipe, OutputCacheConfig(merged_steps=1)):
+        with pytest.raises(ValueError, match="do not divide"):
+            call(pipe, steps=4, height=48, width=48)
+    given = {"hidden_states": torch.zeros(1, 3, 4, 6), "controlnet_block_samples": [torch.zeros(1)]}
+    with pytest.raises(ValueError, match="controlnet_block_samples belongs to all tokens"):
+        merge().shrink(((), given))
