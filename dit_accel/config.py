@@ -168,7 +168,7 @@ class TokenMergeConfig(Options):
 class OutputCacheConfig(Options):
     """A forecast of the transformer's output between full steps, for any transformer of diffusers.
 
-    *When* is everything computed: sampler_steps, full_steps, interval, warmup_steps, tolerance, when, guidance_steps. *How* is the
+    *When* is everything computed: full_steps, interval, warmup_steps, tolerance, when, guidance_steps, sampler_steps. *How* is the
     rest forecast: how, space, order, guidance_order, damping, correct. *Which* tokens: compute_ratio, selector, attention, seed.
 
     Raises:
@@ -176,12 +176,6 @@ class OutputCacheConfig(Options):
         ValueError: for a value out of range or an unknown name, with what is valid.
     """
 
-    sampler_steps: int | tuple[float, ...] | None = option(
-        None,
-        "Steps of the run in place of those that the pipeline is asked for: how many; or where along its own they lie, as shares "
-        "from 0, ascending and below 1. Full steps are some of these; with interval=1 all. Sets the pipeline's scheduler.",
-        0,
-    )
     full_steps: tuple[int, ...] | None = option(
         None,
         "Numbers of the full steps, counted from 0, which always is one; no step after the last one listed is full. Replaces the "
@@ -209,13 +203,6 @@ class OutputCacheConfig(Options):
         "two.",
         0,
     )
-    merged_steps: tuple[int, ...] | int | None = option(
-        None,
-        "Full steps on which the transformer sees the picture at a fraction of its side: their numbers, or one number n for steps "
-        "before the n-th. Costs likeness to the uncached picture, and less of the picture's quality: for 5x and more.",
-        0,
-    )
-    merged_side: int = option(2, "That fraction, as 1 over this.", 2, choices=(2, 4))
     how: str | how.Weights = option(
         "polynomial",
         "Weights for past outputs: reuse, polynomial, taylor, hermite, or your own (`register_how`, or in Python a function).",
@@ -255,6 +242,19 @@ class OutputCacheConfig(Options):
         choices=("reuse", "fresh"),
     )
     seed: int = option(0, SEED, 0, flag="selection_seed")
+    sampler_steps: int | tuple[float, ...] | None = option(
+        None,
+        "Steps of the run in place of those that the pipeline is asked for: how many; or where along its own they lie, as shares "
+        "from 0, ascending and below 1. Full steps are some of these; with interval=1 all. Sets the pipeline's scheduler.",
+        0,
+    )
+    merged_steps: tuple[int, ...] | int | None = option(
+        None,
+        "Full steps on which the transformer sees the picture at a fraction of its side: their numbers, or one number n for steps "
+        "before the n-th. Costs likeness to the uncached picture, and less of the picture's quality: for 5x and more.",
+        0,
+    )
+    merged_side: int = option(2, "That fraction, as 1 over this.", 2, choices=(2, 4))
 
     @property
     def run_steps(self) -> int | None:

@@ -300,7 +300,7 @@ OPTIONS = [  # each set can be given at once
         damping=[0.5, 1.0], compute_ratio=0.3, selector="stratified", attention="fresh", seed=5,
     )),
     ("output", dict(sampler_steps=[0, 0.25, 0.4, 0.8], full_steps=[0, 2], correct=0.5, space="data")),
-    ("output", dict(full_steps=[0, 1, 2], merged_steps=[0, 1], merged_side=4)),
+    ("output", dict(full_steps=[0, 1, 2], merged_steps=[0, 1], merged_side=2)),
 ]  # fmt: skip
 
 
