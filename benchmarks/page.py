@@ -29,6 +29,7 @@ from dit_accel.eval.drawing import COLORS, MARKERS, style
 from dit_accel.eval.statistics import MANY, compare, mean_interval, per_prompt
 from dit_accel.eval.summary import summarize
 from dit_accel.pipelines.pictures import write_atomically
+from dit_accel.recipe import SHIPPED
 
 HERE = Path(__file__).parent
 RECORDS = ("startup", "overhead", "growth", "width", "memory")
@@ -48,6 +49,8 @@ class Quality:
         self.owners = {row["method"]: row["by"] for row in self.search["rows"]}
         reached = {row["method"] for row in self.search["rows"] if statistics.median(row["speedups"]) >= REACHED * TARGETS[0]}
         self.none = [method for method in self.owners if method not in reached]
+        shipped = json.loads((SHIPPED / f"{name}.json").read_text())["measured"]["date"]
+        self.newer = shipped if shipped > self.seconds["date"][:10] else ""  # recipes than these records
         self.without = WITHOUT["flux" if "flux" in name else "pixart"]
         names = {
             Cell(row["method"], row["setting"]).label: f"{row['method']}, {short(row['setting'])}" for row in self.search["rows"]

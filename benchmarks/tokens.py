@@ -228,6 +228,7 @@ def drawn(found: dict[str, pd.DataFrame], path: Path) -> None:
     """What computed tokens add to or take from the likeness, at equal seconds."""
     import matplotlib.pyplot as plt
 
+    found = {name: table[~table["setting"].isin([one.label for one in GIFTS])] for name, table in found.items()}
     with drawing.style():
         figure, axes = plt.subplots(
             len(found), len(SPEEDS), figsize=(11, 3.1 * len(found)), sharex=True, sharey="row", squeeze=False
