@@ -17,6 +17,7 @@ from dit_accel import OutputCacheConfig
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import recording  # noqa: E402
 from tokens import BARE, GIFTS, SCORE, SETTINGS, SPEEDS, Setting, against_bare, oracle, page  # noqa: E402
 
 CALL = dict(height=64, width=48, num_inference_steps=4, output_type="latent", max_sequence_length=8)
@@ -82,7 +83,7 @@ def test_settings_are_what_the_question_asks():
 
 def test_full_steps_are_as_many_as_the_time_allows():
     for name, steps in (("emoji-flux", 28), ("emoji-pixart", 20)):
-        rows = pd.read_json(ROOT / "docs" / "data" / "tokens-or-steps" / f"{name}.json")["rows"]
+        rows = recording.rows_of(ROOT / "docs" / "data" / "tokens-or-steps" / f"{name}.json")
         for row in rows:
             if row["count"] > 0:
                 spent = row["count"] * row["full"] + (steps - row["count"]) * row["partial"]
