@@ -202,10 +202,13 @@ def denoise(pipe: Any, batch: list[tuple[str, int]], settings: Settings, on_step
     """The pictures of (prompt, seed) pairs, denoised together."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
-    arguments = call_arguments(pipe, settings, on_step)
+    steps: list[int] = []
+    arguments = call_arguments(pipe, settings, lambda: (steps.append(1), on_step())[1])
     start = time.perf_counter()
     with DenoisingClock(pipe) as clock:
         images = pipe([prompt for prompt, _ in batch], generator=generators, **arguments).images
+    for _ in range(len(steps), settings.steps):  # of a run that has fewer than it was asked for
+        on_step()
     seconds = time.perf_counter() - start  # the pictures are on the CPU by now, so the device has finished
     work, gain = None, None
     if applied:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
 
-from dit_accel import TokenCacheConfig
+from dit_accel import OutputCacheConfig, TokenCacheConfig
 from dit_accel.pipelines.generation import DenoisingClock, Settings, compare, generate, saved, settings_for
 from dit_accel.when import Mode
 
@@ -95,6 +95,9 @@ def test_every_step_is_announced(pipe):
     steps.clear()
     list(compare(pipe, PROMPTS, CACHE, small(pipe), lambda: steps.append(1)))
     assert len(steps) == 3 * 2 * 2, "the warm-up must not be counted"
+    steps.clear()
+    list(generate(pipe, PROMPTS, OutputCacheConfig(sampler_steps=2, interval=1), small(pipe), lambda: steps.append(1)))
+    assert len(steps) == 3 * 2, "a run of fewer steps than it was asked for ends the bar, too"
 
 
 def test_the_clock_covers_the_denoising_alone(pipe, monkeypatch):
