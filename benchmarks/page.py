@@ -29,6 +29,7 @@ from dit_accel.eval.drawing import COLORS, MARKERS, style
 from dit_accel.eval.statistics import MANY, compare, mean_interval, per_prompt
 from dit_accel.eval.summary import summarize
 from dit_accel.pipelines.pictures import write_atomically
+from dit_accel.pipelines.tuning.search import BEST
 from dit_accel.recipe import SHIPPED
 
 HERE = Path(__file__).parent
@@ -55,21 +56,27 @@ class Quality:
         names = {
             Cell(row["method"], row["setting"]).label: f"{row['method']}, {short(row['setting'])}" for row in self.search["rows"]
         }
-        times = pd.DataFrame(self.seconds["rows"]).assign(error=None, comparable=True, cache_bytes=None)
-        table = summarize(self.rows, times, score=SCORE, margin=MARGIN).set_index("method")
-        structure = per_prompt(self.rows, "ssim")
-        for method in table.index:
-            found = mean_interval(structure[method])
-            table.loc[method, ["ssim", "ssim_low", "ssim_high"]] = [found.mean, found.low, found.high]
+        self.times = pd.DataFrame(self.seconds["rows"]).assign(error=None, comparable=True, cache_bytes=None)
+        every, some = by_all(self.rows), by_all(leaders(self.rows))
+        self.table, self.leaders = self.summary(every, names), self.summary(some, names)
+        self.values = {"score": per_prompt(some, SCORE), "psnr": -per_prompt(some, "squared_error")}
+        self.values["decibels"] = per_prompt(some.assign(psnr=some["psnr"].clip(upper=BEST)), "psnr")
+        self.bests = {value: self.best(value, self.leaders) for value in self.values}
+        self.makers = self.best("score", self.table)
+        self.pictures, self.more = pictures(every), pictures(some) if len(some) > len(every) else ""
+        self.intervals = [interval(rows) for rows in (every, some)]
+
+    def summary(self, rows: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
+        """One row a method, by speed."""
+        table = summarize(rows, self.times, score=SCORE, margin=MARGIN).set_index("method")
+        near = rows.assign(psnr=rows["psnr"].clip(upper=BEST))
+        for value, of in (("ssim", "ssim"), ("decibels", "psnr")):
+            for method, values in per_prompt(near, of).items():
+                found = mean_interval(values)
+                table.loc[method, [value, f"{value}_low", f"{value}_high"]] = [found.mean, found.low, found.high]
         table["by"] = [self.owners.get(self.name_of(method), "stock") for method in table.index]
         table["label"] = [names.get(method, method) for method in table.index]
-        self.table = table.sort_values("speedup")
-        self.values = {"score": per_prompt(self.rows, SCORE), "psnr": -per_prompt(self.rows, "squared_error")}
-        self.bests = {value: self.best(value) for value in self.values}
-        seeds = self.rows["seed"].nunique()
-        prompts = self.rows["prompt"].nunique()
-        self.pictures = f"{prompts} prompts, {seeds} seed{'s' if seeds > 1 else ''} each, by every method."
-        self.interval = "BCa" if prompts >= MANY else "the wider of Student's t and the bootstrap-t"  # see mean_interval
+        return table.sort_values("speedup")
 
     @staticmethod
     def files(records: Path, name: str) -> dict[str, Path]:
@@ -80,17 +87,17 @@ class Quality:
         """A method without its setting."""
         return max((name for name in self.owners if method.startswith(name + " ")), key=len, default=method)
 
-    def best(self, value: str) -> list[dict[str, Any]]:
-        """For every target, the best method of each maker among those that reach it on the prompts compared.
+    def best(self, value: str, table: pd.DataFrame) -> list[dict[str, Any]]:
+        """For every target, the best method of each maker among those of a table that reach it on the prompts compared.
 
         Args:
-            value: "score" or "psnr": what the best is best at, and ours and the best of all others are compared in, paired.
+            value: one of `values`: what the best is best at, and ours and the best of all others are compared in, paired.
         """
         found = []
         for target in TARGETS:
             row: dict[str, Any] = {"target": target}
             for maker in MAKERS:
-                own = self.table[(self.table["by"] == maker) & (self.table["kind"] != "full")]
+                own = table[(table["by"] == maker) & (table["kind"] != "full")]
                 own = own[own["speedup"] >= REACHED * target]
                 row[maker] = own.sort_values(value).iloc[-1] if len(own) else None
             ours = row["dit-accel"]
@@ -108,15 +115,15 @@ class Quality:
         names.sort(key=lambda name: list(MAKERS).index(self.owners[name]))
         lines = {"stock": ("-", 2.2), "dit-accel": ("-", 1.6), "diffusers": ("--", 1.1), "cache-dit": (":", 1.3)}
         figure = Figure(figsize=(11, 5.2), layout="constrained")
-        for panel, value in zip(figure.subplots(1, 2), ("score", "psnr"), strict=True):
+        for panel, value in zip(figure.subplots(1, 2), ("score", "decibels"), strict=True):
             for number, name in enumerate(names):
                 own = self.table[[self.name_of(method) == name for method in self.table.index]].sort_values("speedup")
                 color, (line, width) = COLORS[number % len(COLORS)], lines[self.owners[name]]
                 look = {"color": "black" if self.owners[name] == "stock" else color, "ls": line, "lw": width}
                 look |= {"marker": MARKERS[number % len(MARKERS)], "ms": 5, "label": f"{name}, {self.owners[name]}"}
                 panel.plot(own["speedup"], own[value], **look)
-                if value == "psnr":
-                    ends = own["psnr_low"], own["psnr_high"]
+                if value == "decibels":
+                    ends = own["decibels_low"], own["decibels_high"]
                 else:
                     ends = (own["score"] - own["difference"] + own[end].astype(float) for end in ("low", "high"))
                 panel.vlines(own["speedup"], *ends, color=look["color"], lw=0.8, alpha=0.5)
@@ -131,6 +138,30 @@ class Quality:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", fontsize=8, handlelength=3)
         return figure
+
+
+def by_all(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of prompts and seeds that every method in them made a picture of."""
+    methods = rows["method"].nunique()
+    return rows.groupby(["prompt", "seed"]).filter(lambda some: len(some) == methods)
+
+
+def leaders(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of those methods that made more pictures than others; of all, if none did."""
+    counts = rows.groupby("method").size()
+    more = counts[counts > counts.min()].index
+    return rows[rows["method"].isin(more)] if len(more) else rows
+
+
+def pictures(rows: pd.DataFrame) -> str:
+    """How many there are of every method."""
+    prompts, seeds = rows["prompt"].nunique(), rows["seed"].nunique()
+    return f"{prompts} prompts, {seeds} seed{'s' if seeds > 1 else ''} each"
+
+
+def interval(rows: pd.DataFrame) -> str:
+    """Which one `mean_interval` takes for so many prompts."""
+    return "BCa" if rows["prompt"].nunique() >= MANY else "the wider of Student's t and the bootstrap-t"
 
 
 def first(records: Path, name: str, kind: str) -> Path:
@@ -161,8 +192,8 @@ def paired(row: Any, form: str = "+.3f") -> str:
 
 
 def verdict(against: Any, value: str) -> str:
-    """What the interval of a paired difference, ours less theirs, says: at 95 %, of `value` "score" or "psnr"."""
-    worse, better = {"score": ("worse", "better"), "psnr": ("farther", "closer")}[value]
+    """What the interval of a paired difference, ours less theirs, says: at 95 %, of `value` "score" or a likeness."""
+    worse, better = ("worse", "better") if value == "score" else ("farther", "closer")
     return worse if against["high"] < 0 else better if against["low"] > 0 else "not told apart"
 
 
@@ -239,6 +270,7 @@ def render(records: Path) -> tuple[str, dict[str, Any], list[Quality]]:
         makers=MAKERS,
         targets=", ".join(f"{target:g}" for target in TARGETS[:-1]) + f" and {TARGETS[-1]:g}",
         score=SCORE,
+        most=f"{BEST:g}",
         width=wide,
         spans=spans(found["width"]["rows"]) if wide else {},
         sizes=list(dict.fromkeys((row["model"], row["pixels"]) for row in wide)),

@@ -3,6 +3,8 @@
     python benchmarks/quality.py search              # finds the settings, on prompts that are not compared
     python benchmarks/quality.py seconds             # times what was found, all methods in turn
     python benchmarks/quality.py pictures            # makes, scores and compares the pictures
+    python benchmarks/quality.py pictures --leaders 1 --prompts 110 --seeds 3      # more of them, of ours and the best of the others
+    python benchmarks/quality.py resume              # puts the records that are kept where the commands above go on from them
     python benchmarks/quality.py recipes             # writes what came out of ours into the recipes that ship
 
 What the output folder holds already is kept, so an interrupted run goes on. `search` and `seconds` want a machine that does nothing
@@ -49,6 +51,7 @@ from dit_accel.recipe import SHIPPED
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 PIPELINES = ["emoji-flux", "emoji-pixart"]
 TARGETS, REACHED = (1.5, 2.0, 2.5, 3.0, 4.0), 0.97  # a setting reaches a target if its speed-up is at least this share of it
+NEARLY = 0.94  # and may turn out to, once it is timed anew
 SCORE = "emoji-reward"
 ROOT = Path(__file__).parent.parent
 PROMPTS = read_prompt_set(ROOT / "eval" / "specs" / "embedded.txt")
@@ -218,6 +221,9 @@ def pictures(
     pipelines: list[str] = Pipelines,
     seeds: int = typer.Option(3, min=1, help="Pictures of every prompt."),
     prompts: int = typer.Option(len(PROMPTS), min=2, max=len(PROMPTS), help="How many prompts."),
+    leaders: int = typer.Option(
+        0, min=0, help="Only of recipes and so many others, the best at each speed of those whose pictures are made; 0: of all."
+    ),
     part: str = typer.Option("1/1", help="Of several processes, this one's number and how many there are: 1/2 and 2/2."),
     dtype: str = Dtype,
     output: Path = Output,
@@ -228,12 +234,51 @@ def pictures(
     for name in pipelines:
         bench, folder = Bench(name, dtype), output / name
         cells = [Cell(), *cells_to_compare(folder)]
+        if leaders:
+            wanted = leading(folder, leaders)
+            cells = [cell for cell in cells if cell.name in ("", "recipe") or cell.label in wanted]
         todo = [(seed, number) for seed in range(seeds) for number in range(len(cells))]
         mine = [place for i, place in enumerate(todo) if i % processes == process - 1]
         for seed, number in track(mine, description=f"{name}, part {part}"):
             path = folder / "pictures" / f"{cells[number].file}-{seed}.parquet"
-            if not path.exists():
-                write_table(path, rows_of(bench, cells[number], seed, PROMPTS[:prompts], reward, folder / "full"))
+            known = pd.read_parquet(path).to_dict("records") if path.exists() else []
+            left = [prompt for prompt in PROMPTS[:prompts] if prompt not in {row["prompt"] for row in known}]
+            if left:
+                write_table(path, known + rows_of(bench, cells[number], seed, left, reward, folder / "full"))
+
+
+def leading(folder: Path, count: int) -> set[str]:
+    """Of the others, the best at every speed on the pictures that are made of all: by score, mean PSNR, or mean squared error."""
+    rows = pd.concat([pd.read_parquet(path) for path in sorted((folder / "pictures").glob("*-0.parquet"))], ignore_index=True)
+    rows = rows.groupby("prompt").filter(lambda some: len(some) == rows["method"].nunique())
+    times = pd.DataFrame(recording.rows_of(folder / "seconds.json")).pivot_table("denoising_seconds", "round", "method")
+    speeds = times[[FULL]].to_numpy() / times
+    own = {cell.label for cell in cells_to_compare(folder) if METHODS[cell.name].by == "dit-accel"} | {FULL}
+    rows = rows[~rows["method"].isin(own)].assign(
+        psnr=lambda rows: rows["psnr"].clip(upper=BEST), near=lambda rows: -rows["squared_error"]
+    )
+    means, found = rows.groupby("method")[[SCORE, "psnr", "near"]].mean(), set[str]()
+    for target in TARGETS:
+        fast = means[speeds.median().reindex(means.index) >= NEARLY * target]
+        found |= {label for value in means for label in fast[value].nlargest(count).index}
+    return found
+
+
+@app.command()
+def resume(
+    pipelines: list[str] = Pipelines,
+    records: Path = typer.Option(ROOT / "docs" / "data" / "benchmarks", help="Folder of the records that are kept."),
+    output: Path = Output,
+) -> None:
+    """Put the records that are kept where `search`, `seconds` and `pictures` go on from them. Nothing is overwritten."""
+    for name in pipelines:
+        for kind in ("search", "seconds"):
+            if not (path := output / name / f"{kind}.json").exists():
+                write_atomically(path, (records / f"quality-{name}-{kind}.json").read_bytes())
+        cells = {cell.label: cell.file for cell in [Cell(), *cells_to_compare(output / name)]}
+        for (method, seed), rows in pd.read_parquet(records / f"quality-{name}.parquet").groupby(["method", "seed"]):
+            if method in cells and not (path := output / name / "pictures" / f"{cells[method]}-{seed}.parquet").exists():
+                write_table(path, rows.to_dict("records"))
 
 
 @app.command()

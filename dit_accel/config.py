@@ -169,7 +169,7 @@ class OutputCacheConfig(Options):
     """A forecast of the transformer's output between full steps, for any transformer of diffusers.
 
     *When* is everything computed: full_steps, interval, warmup_steps, tolerance, when, guidance_steps, sampler_steps. *How* is the
-    rest forecast: how, space, order, guidance_order, damping, correct. *Which* tokens: compute_ratio, selector, attention, seed.
+    rest forecast: how, space, order, guidance_order, damping, correct, lead. *Which* tokens: compute_ratio, selector, attention, seed.
 
     Raises:
         TypeError: for an option that does not exist, with the one that was probably meant.
@@ -255,6 +255,14 @@ class OutputCacheConfig(Options):
         0,
     )
     merged_side: int = option(2, "That fraction, as 1 over this.", 2, choices=(2, 4))
+    lead: float | tuple[float, ...] = option(
+        0.0,
+        "Share of its distance to the output of the full step before that a full step's output is moved on, or if negative back: a "
+        "free weight for the sampler's step, as solvers have that are fitted to a model (Shaul et al., arXiv 2403.01329). One "
+        "number, or one for every full step.",
+        -1,
+        1,
+    )
 
     @property
     def run_steps(self) -> int | None:
@@ -276,8 +284,9 @@ class OutputCacheConfig(Options):
             raise ValueError("guidance_steps must be a whole number of at least 1, not 0; or numbers of steps.")
         if sum(value is not None for value in (self.full_steps, self.tolerance, self.when)) > 1:
             raise ValueError("full_steps, tolerance and when each say when a step is full; give one of them.")
-        if self.compute_ratio and (any(each(self.correct)) or self.space == "data" or self.merged_steps):
-            raise ValueError("correct, space='data' and merged_steps are about all tokens alike; leave compute_ratio at 0.")
+        alike = any((*each(self.correct), *each(self.lead), self.space == "data", self.merged_steps))
+        if self.compute_ratio and alike:
+            raise ValueError("correct, lead, space='data' and merged_steps are about all tokens alike; leave compute_ratio at 0.")
         if (self.space, self.how) == ("data", "logit"):
             raise ValueError("space='data' takes the logarithm of signal over noise for the time already; leave how='logit' out.")
 

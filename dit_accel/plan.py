@@ -141,24 +141,35 @@ def matchings(merge: TokenMergeConfig, step: int, past: Past, layout: Layout) ->
 
 def forecast(config: OutputCacheConfig, now: float, past: Past) -> tuple[float, ...]:
     """Weights of the remembered outputs for a forecast in the interval after the last full step."""
-    order, damping = int(within(config.order, past)), within(config.damping, past)
+    order, damping = int(within(config.order, past.number)), within(config.damping, past.number)
     return tuple(how.coefficients(config.how, past.times, now, order, damping))
 
 
-def within(values: float | tuple[float, ...], past: Past) -> float:
-    """That of values, one for all intervals or one for each, the last of which stays, which the interval has that a step is in."""
-    return float(each(values)[min(past.number, len(each(values))) - 1])
+def within(values: float | tuple[float, ...], number: int) -> float:
+    """Of values, one for all full steps or one for each, the last of which stays, that of the full step of this number, from 1."""
+    return float(each(values)[min(number, len(each(values))) - 1])
 
 
 def correction(config: OutputCacheConfig, moment: Moment, past: Past) -> tuple[float, ...]:
-    """Weights of a full step's own output, and of those remembered, for what makes up for the forecasts since the last full step.
+    """Weights of a full step's own output, and of those remembered, for what is added to it: its lead, and what makes up for the
+    forecasts since the last full step.
 
     What they moved the picture by, step by step, is compared with what outputs interpolated between both full steps would have;
     the step from here, if long enough, makes up for the difference.
     """
     now, times = moment.step, moment.times
-    if not any(each(config.correct)) or not times or now - past.step < 2 or not past.times:
+    if not past.times or past.times[0] == moment.time:
         return ()
+    total = np.zeros(1 + len(past.times))
+    total[:2] += np.array((1.0, -1.0)) * within(config.lead, past.number + 1)
+    if any(each(config.correct)) and times and now - past.step > 1:
+        total += within(config.correct, past.number) * _missing(config, moment, past)
+    return tuple(total.tolist()) if any(total) else ()
+
+
+def _missing(config: OutputCacheConfig, moment: Moment, past: Past) -> np.ndarray:
+    """What the forecasts since the last full step left out, as part of the step from here."""
+    now, times = moment.step, moment.times
     if config.space == "data":  # whose steps are long by the ratio of signal to noise
         steps = (*map(math.exp, times), math.inf)
     else:
@@ -171,8 +182,7 @@ def correction(config: OutputCacheConfig, moment: Moment, past: Past) -> tuple[f
         moved = (0.0, *(forecast(config, times[step], past) if step > past.step else (1.0,)))
         missing[:2] += ahead * np.array(meant)
         missing[: len(moved)] -= ahead * np.array(moved)
-    weights: list[float] = (within(config.correct, past) * missing / (steps[now + 1] - steps[now])).tolist()
-    return tuple(weights)
+    return missing / (steps[now + 1] - steps[now])
 
 
 def difference(config: OutputCacheConfig, now: float, past: Past) -> tuple[float, ...]:

@@ -92,14 +92,15 @@ class Recipe:
             nearest = int(np.abs(np.array(levels) - level).argmin())
             steps.append(min(max(nearest, steps[-1] + 1), len(levels) - count + i))
         before = [int(share * len(old)) for share in shares]  # the recipe's full step that each takes the place of
-        order, damping, correct = (
+        order, damping, correct, lead = (
             tuple(each(values)[min(i, len(each(values)) - 1)] for i in before)
-            for values in (config.order, config.damping, config.correct)
+            for values in (config.order, config.damping, config.correct, config.lead)
         )
         guidance = config.guidance_steps
         if isinstance(guidance, tuple):
             guidance = tuple(step for step, i in zip(steps, before, strict=True) if old[i] in guidance)
-        return replace(config, full_steps=tuple(steps), order=order, damping=damping, correct=correct, guidance_steps=guidance)
+        weights = {"order": order, "damping": damping, "correct": correct, "lead": lead}
+        return replace(config, full_steps=tuple(steps), guidance_steps=guidance, **weights)
 
     def __str__(self) -> str:
         made = f"recipe of {self.model} for {self.speedup:g}x"

@@ -9,22 +9,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_accel import OutputCacheConfig
+from dit_accel.config import each
 from dit_accel.pipelines.tuning.starts import spaced
 
 OPTIONS = {"damping": (0.0, 0.3, 0.5, 0.7, 0.85, 1.0), "correct": (0.0, 0.25, 0.5, 0.75, 1.0), "order": (0, 1, 2)}
-MOST = 1.5  # that a damping or a correction may become
+RANGES = {"dampings": (0.0, 1.5), "corrects": (0.0, 1.5), "leads": (-1.0, 1.0)}  # in which small changes stay
+DAMPED = ("dampings", "corrects")
 HOWS = (("polynomial", "output"), ("logit", "output"), ("polynomial", "data"))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration as it is searched: orders, dampings and corrections for every full step, `guided` those with both guidance
-    branches; `run` are the run's steps as shares of the pipeline's own, which it has if there are none."""
+    """A configuration as it is searched: orders, dampings, corrections and leads for every full step, `guided` those with both
+    guidance branches; `run` are the run's steps as shares of the pipeline's own, which it has if there are none."""
 
     steps: tuple[int, ...]
     orders: tuple[int, ...]
     dampings: tuple[float, ...]
     corrects: tuple[float, ...]
+    leads: tuple[float, ...]
     how: str = "logit"
     space: str = "output"
     guided: tuple[int, ...] | None = None
@@ -37,21 +40,40 @@ class Candidate:
 
     @property
     def config(self) -> OutputCacheConfig:
-        lists = (self.orders, self.dampings, self.corrects)
-        order, damping, correct = (values[0] if len(set(values)) == 1 else values for values in lists)
+        lists = (self.orders, self.dampings, self.corrects, self.leads)
+        order, damping, correct, lead = (values[0] if len(set(values)) == 1 else values for values in lists)
         how: dict[str, Any] = {"order": order, "damping": damping, "how": self.how if self.space == "output" else "polynomial"}
         if max(self.orders) == 0:  # damping and how then say nothing
             how = {"order": 0}
         steps: Any = len(self.run) if self.run == even(len(self.run)) else self.run
         return OutputCacheConfig(
-            full_steps=self.steps, sampler_steps=steps or None, space=self.space, correct=correct, guidance_steps=self.guided, **how
+            full_steps=self.steps,
+            sampler_steps=steps or None,
+            space=self.space,
+            correct=correct,
+            lead=lead,
+            guidance_steps=self.guided,
+            **how,
         )
+
+    @classmethod
+    def of(cls, config: OutputCacheConfig) -> Candidate | None:
+        """What a configuration is as a candidate; None of one that no list of full steps, or more than such, describes."""
+        steps, run, guided = config.full_steps, config.sampler_steps, config.guidance_steps
+        if steps is None or callable(config.how) or isinstance(guided, int) or config.compute_ratio or config.merged_steps:
+            return None
+
+        def listed(values: Any) -> tuple[Any, ...]:
+            return tuple(each(values)[min(i, len(each(values)) - 1)] for i in range(len(steps)))
+
+        lists = map(listed, (config.order, config.damping, config.correct, config.lead))
+        return cls(steps, *lists, config.how, config.space, guided, even(run) if isinstance(run, int) else run or ())
 
     def at(self, places: Sequence[int], steps: Sequence[int], guided: tuple[int, ...] | None) -> Candidate:
         """Other full steps, each with the values of one of these."""
-        lists = ([values[i] for i in places] for values in (self.orders, self.dampings, self.corrects))
-        orders, dampings, corrects = map(tuple, lists)
-        return replace(self, steps=tuple(steps), orders=orders, dampings=dampings, corrects=corrects, guided=guided)
+        lists = ("orders", "dampings", "corrects", "leads")
+        own: dict[str, Any] = {name: tuple(getattr(self, name)[i] for i in places) for name in lists}
+        return replace(self, steps=tuple(steps), guided=guided, **own)
 
 
 def even(count: int) -> tuple[float, ...]:
@@ -62,9 +84,9 @@ def even(count: int) -> tuple[float, ...]:
 def changed(one: Candidate, steps: int, most: float, halves: bool, rng: random.Random) -> Candidate:
     """A candidate with one thing changed, or all weights a little, which costs at most as much."""
     asked, steps = steps, len(one.run) or steps
-    kinds = {"move": 6, "run": 6, "weights": 6, "damping": 2, "order": 2, "correct": 2, "how": 1, "guidance": 2 * halves}
+    kinds = {"move": 6, "run": 6, "weights": 6, "damping": 2, "order": 2, "correct": 2, "lead": 2, "how": 1, "guidance": 2 * halves}
     if len(one.steps) == steps:  # nothing is forecast
-        kinds = {"run": 6, "guidance": 2 * halves}
+        kinds = {"run": 6, "lead": 6, "how": 1, "guidance": 2 * halves}
     kind = rng.choices([*kinds], [*kinds.values()])[0]
     if kind == "run":
         return elsewhere(one, steps, asked, rng)
@@ -78,11 +100,10 @@ def changed(one: Candidate, steps: int, most: float, halves: bool, rng: random.R
         return replace(one, steps=tuple(sorted({*one.steps} - {one.steps[i]} | {new})), guided=guided)
     if kind == "weights":
         spread = rng.choice((0.05, 0.1, 0.25))
-        dampings, corrects = (
-            tuple(round(min(max(value + rng.gauss(0, spread), 0.0), MOST), 2) for value in values)
-            for values in (one.dampings, one.corrects)
-        )
-        return replace(one, dampings=dampings, corrects=corrects)
+        return replace(one, **{name: nudged(getattr(one, name), name, range(len(one.steps)), spread, rng) for name in DAMPED})
+    if kind == "lead" and len(one.steps) > 1:
+        some = rng.sample(range(1, len(one.steps)), rng.choice((1, 1, 2)) if len(one.steps) > 2 else 1)
+        return replace(one, leads=nudged(one.leads, "leads", some, 0.2, rng))
     if kind in ("damping", "order", "correct"):
         values: list[Any] = list(getattr(one, f"{kind}s"))
         value = rng.choice([option for option in OPTIONS[kind] if option != values[i]])
@@ -94,6 +115,14 @@ def changed(one: Candidate, steps: int, most: float, halves: bool, rng: random.R
         how, space = rng.choice([both for both in HOWS if both != (one.how, one.space)])
         return replace(one, how=how, space=space)
     return guided_otherwise(one, steps, most, rng) if halves else one
+
+
+def nudged(values: Sequence[float], name: str, places: Sequence[int], spread: float, rng: random.Random) -> tuple[float, ...]:
+    """Values of that name, those in these places changed a little."""
+    low, high = RANGES[name]
+    return tuple(
+        round(min(max(value + rng.gauss(0, spread), low), high), 2) if i in places else value for i, value in enumerate(values)
+    )
 
 
 def elsewhere(one: Candidate, steps: int, asked: int, rng: random.Random) -> Candidate:

@@ -94,6 +94,7 @@ def tune(
         highlight=False,
     )
     about = conditions(pipe, settings, len(held))
+    known = [Candidate.of(one.of(settings.steps)) for one in dit_accel.recipes(pipe)]
     found, first, spent = list[Found](), list[Candidate](), 0.0
     with now_and_then(
         log, lambda: f"{len(found)} of {len(speedups)} speeds, {bench.spent / 60:.1f} of {minutes:g} minutes of searching"
@@ -101,7 +102,14 @@ def tune(
         along = bench.along()
         for i, speedup in enumerate(speedups):
             share = (60 * minutes - spent) / (len(speedups) - i)
-            best, used = search(bench, bench.room(REACHED * speedup), share, two_branches(pipe, settings), along, first=first)
+            best, used = search(
+                bench,
+                bench.room(REACHED * speedup),
+                share,
+                two_branches(pipe, settings),
+                along,
+                first=[*first, *filter(None, known)],
+            )
             spent += used
             one = checked(bench, best, speedup, held)
             found.append(one)

@@ -25,7 +25,7 @@ from dit_accel.pipelines.pictures import decibels, squared_error
 from dit_accel.pipelines.tuning.candidates import Candidate, changed, even
 from dit_accel.pipelines.tuning.starts import schedules, trajectory
 
-RACE = (2, 4)  # so many prompts have to be won before a candidate is tried on more
+RACE = (4, 12)  # so many prompts have to be won before a candidate is tried on more
 SLACK = 1.5  # dB that a start may be farther on the fewest prompts to be tried on more
 BEST = 60.0  # dB that identical pictures count as: among so close ones, differences say nothing
 TIMED = 5  # pairs of runs that are timed
@@ -156,7 +156,7 @@ def search(
     def plain(chosen: Sequence[int], manner: tuple[int, float, float, str, str], every: int = 1, run: int = 0) -> Candidate:
         n, (order, damping, correct, how, space) = len(chosen), manner
         guided = None if every == 1 else tuple(chosen[::every])
-        return Candidate(tuple(chosen), (order,) * n, (damping,) * n, (correct,) * n, how, space, guided, even(run))
+        return Candidate(tuple(chosen), (order,) * n, (damping,) * n, (correct,) * n, (0.0,) * n, how, space, guided, even(run))
 
     kinds = [(count, 1)]
     if halves:  # more full steps, of which every second or third has both branches

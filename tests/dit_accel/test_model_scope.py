@@ -208,6 +208,64 @@ def test_both_branches_of_guidance_are_corrected_alike(name):
     assert_close(call_with(pipe, call, config), plain, 1e-5)
 
 
+LEADS = (0.9, -0.3, 0.2, 0.0, 0.4)  # there is nothing that the first one could lead from
+
+
+class Leading:
+    """Stands in for a function whose values move on, or back, by shares of what they differ from those before, branch by branch."""
+
+    def __init__(self, stock, branches):
+        self.stock, self.branches, self.before, self.calls = stock, branches, [], 0
+
+    def __call__(self, *args, **kwargs):
+        found = self.stock(*args, **kwargs)
+        value = found[0] if isinstance(found, tuple) else found
+        step = self.calls // self.branches
+        before = self.before[-self.branches] if step else value
+        self.calls += 1
+        self.before.append(value)
+        value = value + LEADS[min(step, len(LEADS) - 1)] * (value - before)
+        return (value,) if isinstance(found, tuple) else value
+
+
+@pytest.mark.parametrize("name", ["flux", "flux-true-guidance", "sd3", "pixart"])
+def test_full_steps_lead_from_the_one_before(name):
+    pipe, call = made(name)
+    plain, config = call(), OutputCacheConfig(full_steps=tuple(range(7)), lead=LEADS)
+    led = call_with(pipe, call, config)
+    assert (led - plain).norm() > 1e-3 * plain.norm()
+    dit_accel.remove(pipe)
+    pipe.transformer.forward = Leading(pipe.transformer.forward, 2 if name in TWO_CALLS else 1)
+    assert_close(led, call(), 1e-5)
+    del pipe.transformer.forward
+    assert torch.equal(call_with(pipe, call, dataclasses.replace(config, lead=0)), plain)
+
+
+def test_leads_in_data_space_are_those_of_the_pictures_that_dpm_solver_makes_of_outputs():
+    pipe, call = made("pixart")
+    led = call_with(pipe, call, OutputCacheConfig(full_steps=tuple(range(7)), lead=LEADS, space="data"))
+    plain = call_with(pipe, call, OutputCacheConfig(full_steps=tuple(range(7)), lead=LEADS))
+    assert (led - plain).norm() > 1e-3 * plain.norm()
+    dit_accel.remove(pipe)
+    pipe.scheduler.convert_model_output = Leading(pipe.scheduler.convert_model_output, 1)
+    assert_close(led, call(), 1e-3)
+
+
+def test_a_lead_moves_its_own_step_alone():
+    """Forecasts of a line stay exact, and the picture is off by one step's share of what its output differs from the one before."""
+    pipe, call = made("flux")
+    stock, found = pipe.transformer.forward, []
+    for function in (lambda time: 0.0, lambda time: 1.0, lambda time: 1 - 3 * time):
+        pipe.transformer.forward = stock
+        Course(pipe.transformer, function)
+        found.append(call())
+    t = [*pipe.scheduler.sigmas.tolist()]
+    led = call_with(pipe, call, OutputCacheConfig(full_steps=(0, 1, 3, 6), lead=(0, 0, 0.5, 0)))
+    assert modes(pipe) == "ffpfppf"
+    expected = (found[0] - found[1]) * 0.5 * -3 * (t[3] - t[1]) * (t[4] - t[3])
+    assert_close(led - found[2], expected, 1e-4)
+
+
 class Picture:
     """Stands in for a transformer's forward: what it returns implies a picture on a line over log(alpha / sigma).
 

@@ -56,11 +56,11 @@ def test_spaced_steps_are_as_many_as_asked_for_and_apart():
 
 @pytest.mark.parametrize("halves", [False, True])
 def test_changes_are_valid_and_stay_within_the_budget(halves):
-    rng, one, most = random.Random(0), Candidate((0, 2, 5, 9), (1,) * 4, (0.7,) * 4, (0.5,) * 4), 4.5
+    rng, one, most = random.Random(0), Candidate((0, 2, 5, 9), (1,) * 4, (0.7,) * 4, (0.5,) * 4, (0.0,) * 4), 4.5
     seen = set()
     for _ in range(2000):
         one = changed(one, 12, most, halves, rng)
-        assert one.cost <= most and len(one.orders) == len(one.dampings) == len(one.corrects) == len(one.steps)
+        assert one.cost <= most and len(one.orders) == len(one.dampings) == len(one.corrects) == len(one.leads) == len(one.steps)
         assert (
             one.steps[0] == 0
             and one.steps[-1] < (len(one.run) or 12) <= 12
@@ -70,15 +70,24 @@ def test_changes_are_valid_and_stay_within_the_budget(halves):
         seen.add(one)
     assert len(seen) > 500
     assert (max(len(one.steps) for one in seen) > 4) == halves, "a step without its unconditional branch costs half"
+    assert len({one.leads for one in seen}) > 50 and all(one.leads[0] == 0 for one in seen)
     assert len({one.steps for one in seen}) > 50 and len({one.corrects for one in seen}) > 100
     assert {len(one.run) for one in seen} >= {0, 8, 9, 10, 11, 12} and len({one.run for one in seen}) > 200
 
 
 def test_a_faster_start_is_thinned_out_of_a_slower_recipe():
-    one = Candidate((0, 1, 2, 4, 7, 10), (0, 1, 1, 1, 2, 2), (1.0, 0.9, 0.8, 0.7, 0.6, 0.5), (0.5,) * 6, guided=(0, 2, 7))
+    one = Candidate(
+        (0, 1, 2, 4, 7, 10),
+        (0, 1, 1, 1, 2, 2),
+        (1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
+        (0.5,) * 6,
+        (0, 0.1, 0.2, 0.3, 0.4, 0.5),
+        guided=(0, 2, 7),
+    )
     thin = fewer(one, 3)
     assert thin.cost <= 3 and thin.steps[0] == 0 and set(thin.steps) < set(one.steps)
     assert thin.dampings == tuple(one.dampings[one.steps.index(step)] for step in thin.steps)
+    assert thin.leads == tuple(one.leads[one.steps.index(step)] for step in thin.steps)
     assert thin.guided == tuple(step for step in thin.steps if step in one.guided)
 
 
@@ -98,6 +107,7 @@ class Known:
             -len(self.wanted ^ set(config.full_steps))
             - abs(np.mean(config.damping) - self.damping)
             - abs(np.mean(config.correct) - 0.25)
+            - abs(np.mean(config.lead))
             - 5 * (config.sampler_steps is not None)
         )
 
@@ -117,6 +127,7 @@ def test_the_search_finds_the_best_there_is_and_ends_in_time():
 def test_few_prompts_do_not_decide_about_what_differs_much(flux_path, tmp_path, monkeypatch):
     """On the first two prompts b is 1 dB farther, on all of them 1 dB closer; c is closer on those two alone."""
     likeness = {"a": [20.0] * 6, "b": [19.0, 19.0, 22.0, 22.0, 22.0, 22.0], "c": [25.0, 25.0] + [10.0] * 4}
+    monkeypatch.setattr(searching, "RACE", (2, 4))
     bench = Bench(None, ["red"] * 6, None, tmp_path / "none")
     monkeypatch.setattr(bench, "psnr", lambda config, places: [likeness[config][i] for i in places])
     assert not bench.better("b", "a") and bench.better("b", "a", 1.5) and not bench.better("b", "a", 0.9)
@@ -128,13 +139,26 @@ def bench_of(pipe, path, **more):
     return Bench(pipe, ["red", "blue", "green"], settings, path, **more)
 
 
+@pytest.mark.parametrize("name", ["emoji-flux", "emoji-pixart"])
+def test_a_search_starts_from_the_recipes_that_ship(name):
+    """As candidates they are the same configurations; what a run without forecasts does not look at may differ."""
+    for one in recipe.read(recipe.SHIPPED / f"{name}.json"):
+        candidate = Candidate.of(one.config)
+        assert candidate is not None and len(candidate.leads) == len(candidate.steps)
+        own, again = one.config.to_dict(), candidate.config.to_dict()
+        if candidate.config.order == 0:
+            own, again = ({key: value for key, value in some.items() if key not in ("damping", "correct")} for some in (own, again))
+        assert again == own
+    assert Candidate.of(dit_accel.OutputCacheConfig(interval=3)) is None
+
+
 def test_what_was_evaluated_is_not_evaluated_again(flux_path, tmp_path, monkeypatch):
     pipe, path = load(str(flux_path)), tmp_path / "known.jsonl"
-    config = Candidate((0, 2), (0, 0), (1.0, 1.0), (0.0, 0.0)).config
+    config = Candidate((0, 2), (0, 0), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0)).config
     bench = bench_of(pipe, path)
     values = bench.psnr(config, [0, 2])
     assert 0 < bench.spent and all(5 < value <= searching.BEST for value in values)
-    everything = Candidate((0, 1, 2, 3), (0,) * 4, (1.0,) * 4, (0.5,) * 4).config
+    everything = Candidate((0, 1, 2, 3), (0,) * 4, (1.0,) * 4, (0.5,) * 4, (0.0,) * 4).config
     assert bench.psnr(everything, [0]) == [searching.BEST], "identical"
     path.write_text(path.read_text() + '{"key": "cut o')
     monkeypatch.setattr(Bench, "pictures", lambda *args: pytest.fail("made again"))
@@ -159,7 +183,7 @@ def test_pictures_are_those_of_the_pipeline(flux_path, tmp_path):
     import torch
 
     pipe = load(str(flux_path))
-    config = Candidate((0, 2), (0, 0), (1.0, 1.0), (0.0, 0.0)).config
+    config = Candidate((0, 2), (0, 0), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0)).config
     [value] = bench_of(pipe, tmp_path / "known.jsonl").psnr(config, [1])
     call = dict(height=32, width=32, num_inference_steps=4, guidance_scale=0.0, max_sequence_length=8)
     draw = lambda: np.asarray(pipe("blue", generator=torch.Generator().manual_seed(1), **call).images[0], dtype=float)
