@@ -3,7 +3,7 @@
     python benchmarks/quality.py search              # finds the settings, on prompts that are not compared
     python benchmarks/quality.py seconds             # times what was found, all methods in turn
     python benchmarks/quality.py pictures            # makes, scores and compares the pictures
-    python benchmarks/quality.py pictures --leaders 1 --prompts 110 --seeds 3      # more of them, of ours and the best of the others
+    python benchmarks/quality.py pictures --leaders 1  # more of them, of ours and the best of the others
     python benchmarks/quality.py resume              # puts the records that are kept where the commands above go on from them
     python benchmarks/quality.py recipes             # writes what came out of ours into the recipes that ship
 

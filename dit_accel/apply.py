@@ -123,11 +123,11 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> lis
     for transformer in found:
         hook.refuse_other_caches(transformer)
     if kinds == [OutputCacheConfig] and not processors_only:
-        if record:
-            raise ValueError("record tells which tokens a TokenCacheConfig computes; leave it out with an OutputCacheConfig.")
+        if record and not given[0].compute_ratio:
+            raise ValueError("record tells which tokens are computed, and without compute_ratio none are; leave it out.")
         from dit_accel.model_scope import ModelScope
 
-        engines: list[Any] = [ModelScope(given[0], transformer, recipe) for transformer in found]
+        engines: list[Any] = [ModelScope(given[0], transformer, recipe, record) for transformer in found]
     elif kinds and set(kinds) <= {TokenCacheConfig, TokenMergeConfig} and len(set(kinds)) == len(kinds):
         from dit_accel.module_scope import ModuleScope
 

@@ -169,7 +169,8 @@ class OutputCacheConfig(Options):
     """A forecast of the transformer's output between full steps, for any transformer of diffusers.
 
     *When* is everything computed: full_steps, interval, warmup_steps, tolerance, when, guidance_steps, sampler_steps. *How* is the
-    rest forecast: how, space, order, guidance_order, damping, correct, lead. *Which* tokens: compute_ratio, selector, attention, seed.
+    rest forecast, and what is added to full steps: how, space, order, guidance_order, damping, correct, lead. *Which* tokens:
+    compute_ratio, selector, attention, seed, merged_steps, merged_side.
 
     Raises:
         TypeError: for an option that does not exist, with the one that was probably meant.

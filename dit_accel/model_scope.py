@@ -22,10 +22,10 @@ from dit_accel.engine import Engine
 from dit_accel.families.rows import UNCONDITIONAL_FIRST
 from dit_accel.families.table import lookup
 from dit_accel.input_merge import InputMerge
-from dit_accel.packed import Packed
+from dit_accel.packed import During, Packed
 from dit_accel.plan import Past, StepPlan, Todo, difference, forecast, guided, merges, rule, step_plan
 from dit_accel.recipe import Recipe
-from dit_accel.steps import Memory
+from dit_accel.steps import Memory, Partial
 from dit_accel.subset import subset_check
 from dit_accel.tokens import Selection
 from dit_accel.when import Mode, Progress
@@ -63,12 +63,12 @@ class Branch:
 class ModelScope(Engine):
     """The forecast, packed steps, and the guidance branch on its own list of steps; raises what `dit_accel.apply` raises."""
 
-    def __init__(self, config: OutputCacheConfig, transformer: Any, recipe: Recipe | None = None) -> None:
+    def __init__(self, config: OutputCacheConfig, transformer: Any, recipe: Recipe | None = None, record: bool = False) -> None:
         name, family = type(transformer).__name__, lookup(transformer)
         if not hasattr(transformer, "config"):
             raise TypeError(f"{name} is not a transformer of diffusers.")
         super().__init__(transformer)
-        self.recipe = recipe
+        self.recipe, self.record = recipe, record
         self.latest: Moment | None = None  # of the last call, with the times that the transformer is told
         self.config, self.rule, self.family, self.packed = config, rule(config), family, None
         self.order = UNCONDITIONAL_FIRST if family is None else family.batched_guidance  # of guidance in one batch
@@ -213,6 +213,8 @@ class ModelScope(Engine):
             leaves = output
             if instead is None:
                 leaves, branch.spec = tree_flatten(output)
+            if self.record and isinstance(within, During) and isinstance(within.call, Partial):
+                self.selections.append((len(self.calls) - 1, "image", 0, torch.atleast_2d(within.call.index).cpu()))
             if merge is not None:
                 leaves = [merge.enlarge(leaves[0], call.latents), *leaves[1:]]
             leaves = self._answer(plan, branch, moment, call, leaves)

@@ -40,7 +40,7 @@ class _Part(ModelHook):  # type: ignore[misc]
         return carry_out(self, module, forward, args, kwargs)
 
 
-class _During(contextlib.AbstractContextManager[None]):
+class During(contextlib.AbstractContextManager[None]):
     """Inside, a call is carried out. No generator, which torch.compile refuses wherever it meets one."""
 
     def __init__(self, packed: Packed, call: Full | Partial) -> None:
@@ -86,7 +86,7 @@ class Packed:
             pictures: how many of the batch partial steps will go on with, the last ones; 0 for all.
         """
         memory.begin(tokens, pictures)
-        return _During(self, Full(self.family, self.attention, self.needs, memory, time, most))
+        return During(self, Full(self.family, self.attention, self.needs, memory, time, most))
 
     def partial(self, memory: Memory, index: Index, weights: Sequence[float]) -> contextlib.AbstractContextManager[None]:
         """Inside, the transformer's call computes the selected tokens; nothing is read from the device.
@@ -96,7 +96,7 @@ class Packed:
             index: of the selected tokens, ascending, [k] or [B, k]; or what makes it of the tokens that enter the first block.
             weights: of the past outputs, newest first, that make up the rows that are not selected.
         """
-        return _During(self, Partial(self.family, self.attention, self.last, memory, index, weights))
+        return During(self, Partial(self.family, self.attention, self.last, memory, index, weights))
 
     def attach(self) -> None:
         """Hook into blocks, their parts and the head; outside of `full` and `partial` that changes nothing."""

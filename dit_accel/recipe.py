@@ -99,7 +99,7 @@ class Recipe:
         guidance = config.guidance_steps
         if isinstance(guidance, tuple):
             guidance = tuple(step for step, i in zip(steps, before, strict=True) if old[i] in guidance)
-        weights = {"order": order, "damping": damping, "correct": correct, "lead": lead}
+        weights: dict[str, Any] = {"order": order, "damping": damping, "correct": correct, "lead": lead}
         return replace(config, full_steps=tuple(steps), guidance_steps=guidance, **weights)
 
     def __str__(self) -> str:

@@ -174,6 +174,13 @@ def understood(given: dict[str, Any]) -> tuple[Spec, Path]:
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
     output: Annotated[Path | None, typer.Option(help="Folder of the report.", show_default="RUN/report")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A method as the table names it, to which all others are compared, too, prompt by prompt; may be repeated.",
+            metavar="METHOD",
+        ),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
     """Write one self-contained HTML page about a run, and its figures as PNG and CSV.
@@ -183,12 +190,13 @@ def report(
     """
     with plain_errors(debug, extra="eval"):
         from dit_accel.eval.folder import RunFolder
-        from dit_accel.eval.report import write_report
+        from dit_accel.eval.report import check_methods, write_report
 
         run_folder = RunFolder(folder, say)
         with usage():
             run_folder.begun  # noqa: B018  whether this is a run
-        typer.echo(write_report(run_folder, output or folder / "report"))
+            check_methods(run_folder, against or [])
+        typer.echo(write_report(run_folder, output or folder / "report", against=against or []))
 
 
 def parsed(text: str) -> Any:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dit_accel.eval.drawing import WIDTH, Drawing, canvas, finish, gid, legend, looks, points, wrapped
 
 DOTS = 100  # prompts that are drawn one by one; of more, their distribution
-FIGURES = ("uniformity", "row_bias", "column_bias", "pictures")
+FIGURES = ("uniformity", "coverage", "row_bias", "column_bias", "pictures")
 
 
 def quality_latency(name: str, part: pd.DataFrame, margin: float, score: str) -> Drawing | None:
@@ -117,7 +117,7 @@ def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) ->
     """How often each place was computed between full steps: one map a method, all in the same colors.
 
     Args:
-        maps: as a run records them: `method`, `share` [H, W], `uniformity`, `row_bias`, `column_bias`, `pictures`.
+        maps: as a run records them: `method`, `share` [H, W], `uniformity`, `coverage`, `row_bias`, `column_bias`, `pictures`.
     """
     found = [(row, one) for row in part.itertuples() for one in maps if one["method"] == row.method]
     if not found:
@@ -137,17 +137,22 @@ def selection_maps(name: str, part: pd.DataFrame, maps: list[dict[str, Any]]) ->
         axes.set(xticks=[], yticks=[], gid=gid(row.key, "map"))
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        axes.set_title(f"#{row.number}\nuniformity {one['uniformity']:.3f}", fontsize=9, loc="center")
+        axes.set_title(f"#{row.number}\nuniformity {one['uniformity']:.3f}{covered(one)}", fontsize=9, loc="center")
     figure.suptitle(wrapped(part["pipeline"].iloc[0], 44), x=0.02, ha="left", fontsize=10)
     bar = figure.colorbar(image, ax=grid, location="bottom", aspect=25, pad=0.1 / tall, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("share of the selections that computed a place")
     rows = [
-        {"number": row.number, "method": row.method, "row": i, "column": j, "share": value, **{k: one[k] for k in FIGURES}}
+        {"number": row.number, "method": row.method, "row": i, "column": j, "share": value, **{k: one.get(k) for k in FIGURES}}
         for row, one in found
         for i, line in enumerate(one["share"])
         for j, value in enumerate(line)
     ]
     return finish(name, figure, pd.DataFrame(rows))
+
+
+def covered(one: dict[str, Any]) -> str:
+    """The coverage of a map, which runs of earlier versions have not recorded."""
+    return f"\ncoverage {one['coverage']:.0%}" if "coverage" in one else ""
 
 
 def keep_in_view(axes: Axes, table: pd.DataFrame, margin: float) -> None:

@@ -8,18 +8,23 @@ from typing import Any
 import numpy as np
 
 import dit_accel
-from dit_accel import TokenCacheConfig
+from dit_accel import OutputCacheConfig, TokenCacheConfig
 from dit_accel.eval.folder import RunFolder, read_json, write_json
 from dit_accel.eval.measuring import Bench
 from dit_accel.eval.spec import Cell, Spec, noise_seed
 from dit_accel.eval.timing import Watcher, with_baselines
 from dit_accel.pipelines.generation import denoise
-from dit_accel.pipelines.inspection import places
+from dit_accel.pipelines.inspection import FIGURES, places
 
 
 def selects(cell: Cell) -> bool:
     """Whether a method chooses among tokens on some steps."""
-    return any(isinstance(c, TokenCacheConfig) and c.interval > 1 and 0 < c.cache_ratio < 1 for c in cell.configs)
+    return any(
+        0 < c.compute_ratio < 1
+        if isinstance(c, OutputCacheConfig)
+        else isinstance(c, TokenCacheConfig) and c.interval > 1 and 0 < c.cache_ratio < 1
+        for c in cell.configs
+    )
 
 
 def record_maps(bench: Bench, folder: RunFolder, spec: Spec, watcher: Watcher) -> None:
@@ -54,6 +59,6 @@ def shares(bench: Bench, cell: Cell, batch: list[tuple[str, int]]) -> dict[str, 
         found = [places(report, picture) for picture in range(len(batch))]
     finally:
         dit_accel.remove(bench.pipe)
-    figures = {name: float(np.mean([getattr(one, name) for one in found])) for name in ("uniformity", "row_bias", "column_bias")}
+    figures = {name: float(np.mean([getattr(one, name) for one in found])) for name in FIGURES}
     share = np.mean([one.share for one in found], axis=0)
     return {"grid": list(report.grid), "share": share.round(4).tolist(), "pictures": len(batch), **figures}

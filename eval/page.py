@@ -84,6 +84,28 @@ def quality(score: str, heading: str, prefix: str = "") -> list[Column]:
     ]
 
 
+def comparisons(table: pd.DataFrame) -> list[Row]:
+    """Tables of methods against one of them, a pipeline each: `pipeline`, `against`, `values`, and `rows` with their cells."""
+    found = []
+    for (pipeline, baseline), some in table.groupby(["pipeline", "against"], sort=False):
+        values = list(dict.fromkeys(some["value"]))
+        rows = []
+        for key, own in some.groupby("key", sort=False):
+            by_value = {row["value"]: row for row in own.to_dict("records")}
+            first = own.iloc[0]
+            cells = [number(first["times_as_fast"], ".2f"), Cell(str(first["n"]), int(first["n"]))]
+            for value in values:
+                row = by_value.get(value)
+                cells += [difference(row), p_value(row["p_holm"])] if row is not None else [Cell(NOTHING)] * 2
+            rows.append({"key": key, "method": first["method"], "cells": cells})
+        found.append({"pipeline": pipeline, "against": baseline, "values": values, "rows": rows})
+    return found
+
+
+def difference(row: Row) -> Cell:
+    return interval(row["difference"], row["low"], row["high"], "+.3f")
+
+
 def number(value: Any, form: str) -> Cell:
     return Cell(signed(value, form), float(value)) if pd.notna(value) else Cell(NOTHING)
 

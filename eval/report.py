@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dit_accel.eval import drawing, figures, page
 from dit_accel.eval.folder import RunFolder, read_json, read_table
 from dit_accel.eval.runs import with_flops
 from dit_accel.eval.spec import FULL
-from dit_accel.eval.statistics import per_prompt
+from dit_accel.eval.statistics import compare, per_prompt
 from dit_accel.eval.summary import RESAMPLES, summarize
 from dit_accel.pipelines.pictures import psnr_text, write_atomically
 
@@ -88,13 +89,23 @@ def pictures_asked(folder: RunFolder) -> int:
     return len(folder.labels()) * len(folder.begun["spec"]["prompts"]) * int(folder.begun["spec"]["seeds"])
 
 
-def write_report(folder: RunFolder, output: Path, resamples: int = RESAMPLES) -> Path:
+def check_methods(folder: RunFolder, methods: Sequence[str]) -> None:
+    """ValueError for a method that the run does not have, with the one that was probably meant."""
+    known = list(dict.fromkeys(read_run(folder).rows["method"])) if methods else []
+    for method in methods:
+        if method not in known:
+            near = get_close_matches(method, known, 3, 0.3) or known
+            raise ValueError(f"This run has no method {method!r}; did you mean {' or '.join(map(repr, near))}?")
+
+
+def write_report(folder: RunFolder, output: Path, resamples: int = RESAMPLES, against: Sequence[str] = ()) -> Path:
     """Write index.html and the figures as PNG and CSV; the path of the page.
 
     Args:
         folder: of the run.
         output: made if there is none; files of an earlier report are replaced.
         resamples: see `dit_accel.eval.summary.summarize`.
+        against: methods to which all others are compared, too.
 
     Raises:
         FileNotFoundError, ValueError: see `read_run`.
@@ -104,13 +115,16 @@ def write_report(folder: RunFolder, output: Path, resamples: int = RESAMPLES) ->
         warnings.filterwarnings("ignore", "Prompts left out")  # the table counts what failed
         table = methods(run, resamples)
         drawings = {name: draw(run, part) for name, part in table.groupby("pipeline", sort=False)}
+        compared = [compared_with(run, table, method, resamples) for method in against]
     pairs = extremes(run, table)
     files = {f"{one.name}.{kind}": one for some in drawings.values() for one, *_ in some for kind in ("png", "csv")}
     for file, one in files.items():
         write_atomically(output / file, one.png if file.endswith("png") else csv(one.table))
     write_atomically(output / "summary.csv", csv(table.drop(columns="key")))
     write_atomically(output / "pictures.csv", csv(pairs.drop(columns="key")))
-    write_atomically(output / "index.html", render(run, table, drawings, pairs).encode())
+    if compared:
+        write_atomically(output / "against.csv", csv(pd.concat(compared).drop(columns="key")))
+    write_atomically(output / "index.html", render(run, table, drawings, pairs, compared).encode())
     return output / "index.html"
 
 
@@ -172,7 +186,8 @@ def draw(run: Run, part: pd.DataFrame) -> list[tuple[drawing.Drawing, str, str]]
                 figures.selection_maps(f"selection-maps-{number:02}", part, maps(run, name)),
                 "Selection maps",
                 "How often each place was computed between full steps, in the same colors for all methods. Uniformity is 1 where "
-                f"every region gets equally many tokens, 0 where one gets all.{named}",
+                "every region gets equally many tokens, 0 where one gets all; coverage is the share of tokens "
+                f"computed at least once between two full steps.{named}",
             ),
         ]
     more = " Arrowheads: the interval goes on beyond the axis."
@@ -186,6 +201,26 @@ def paired(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     table = per_prompt(rows, score)
     plain = rows.loc[rows["kind"].isin(["full", "no-op"]), "method"].unique()
     return table.sub(table[FULL], axis=0).drop(columns=plain)
+
+
+def compared_with(run: Run, table: pd.DataFrame, baseline: str, resamples: int) -> pd.DataFrame:
+    """Paired differences over prompts of every method to `baseline`, in every score and in SSIM: one row each, with how many times
+    faster than the baseline a method is."""
+    found = []
+    for pipeline, rows in run.rows.groupby("pipeline", sort=False):
+        own = table[table["pipeline"] == pipeline].set_index("method")
+        for value in [score for score in (*run.spec["scores"], "ssim") if score in rows]:
+            values = per_prompt(rows, value)
+            if baseline not in values:
+                continue
+            shared = values.notna().mul(values[baseline].notna(), axis=0).sum() > 1
+            if shared.sum() < 2:
+                continue
+            some = compare(values.loc[:, shared], baseline, margin=run.spec["margin"], resamples=resamples).reset_index()
+            faster = own.loc[some["method"], "speedup"].to_numpy() / own.loc[baseline, "speedup"]
+            some = some.drop(columns="non_inferior").assign(pipeline=pipeline, against=baseline, value=value, times_as_fast=faster)
+            found.append(some.assign(key=own.loc[some["method"], "key"].to_numpy()))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["pipeline", "against", "value", "key"])
 
 
 def maps(run: Run, pipeline: str) -> list[dict[str, Any]]:
@@ -226,7 +261,9 @@ def embedded(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs: pd.DataFrame) -> str:
+def render(
+    run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs: pd.DataFrame, compared: Sequence[pd.DataFrame] = ()
+) -> str:
     """The page."""
     spec = run.spec
     records = table.to_dict("records")
@@ -263,6 +300,7 @@ def render(run: Run, table: pd.DataFrame, drawings: dict[str, list[Any]], pairs:
         kinds=list(dict.fromkeys(table["kind"])),
         pipelines=[(spec["pipelines"].index(name), name, some) for name, some in drawings.items()],
         pairs=shown,
+        compared=[one for some in compared for one in page.comparisons(some)],
         failures=page.failures(run.rows, run.times),
         protocol=facts,
         baselines=run.folder.baselines(),

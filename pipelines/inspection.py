@@ -18,9 +18,11 @@ from dit_accel.families.table import family_of
 from dit_accel.pipelines.generation import Settings, denoise
 from dit_accel.pipelines.pictures import psnr, psnr_text, save, side_by_side, stem, unused
 from dit_accel.pipelines.progress import denoising
+from dit_accel.when import Mode
 
 TILE = 4  # side of a tile, in tokens
 COLORS = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float64)  # rare to often
+FIGURES = ("uniformity", "coverage", "row_bias", "column_bias")
 STRENGTH = 0.7  # of the colors over the picture
 
 
@@ -32,11 +34,13 @@ class Places:
         share: of the selections that computed a place, [H, W] in tokens.
         uniformity: entropy of the computed tokens over the tiles of the image / log(tiles), mean of all selections: 1 when
             every tile gets equally many every time, 0 when one tile gets all.
+        coverage: share of the tokens that were computed at least once between two full steps, mean of all layers and intervals.
         row_bias, column_bias: Pearson correlation of `share` with the row, and with the column; 0 where all shares are equal.
     """
 
     share: np.ndarray
     uniformity: float
+    coverage: float
     row_bias: float
     column_bias: float
 
@@ -48,7 +52,7 @@ def places(report: Report, picture: int = 0) -> Places:
         ValueError: if `dit_accel.apply` was not asked to record, or if no token was computed on any partial step.
     """
     height, width = report.grid
-    maps = []
+    maps, computed, intervals = [], dict[Any, np.ndarray](), _intervals(report)
     for made in report.selections:
         if made.stream == "text":
             continue
@@ -56,13 +60,24 @@ def places(report: Report, picture: int = 0) -> Places:
         image = rows[picture if len(rows) > 1 else 0].numpy() - (report.calls[made.call].text if made.stream == "joint" else 0)
         inside = image[(image >= 0) & (image < height * width)]
         maps.append(np.bincount(inside, minlength=height * width).reshape(height, width))
+        once = computed.setdefault((made.stream, made.layer, *intervals[made.call]), np.zeros((height, width), bool))
+        once |= maps[-1] > 0
     filled = [counts for counts in maps if counts.any()]
     if not filled:
         raise ValueError(
             "No selection was recorded: apply with record=True, a cache ratio below 1 and more steps than the interval."
         )
-    share = np.mean(maps, axis=0)
-    return Places(share, float(np.mean([uniformity(counts) for counts in filled])), *position_bias(share))
+    share, covered = np.mean(maps, axis=0), float(np.mean([*computed.values()]))
+    return Places(share, float(np.mean([uniformity(counts) for counts in filled])), covered, *position_bias(share))
+
+
+def _intervals(report: Report) -> list[tuple[int, int]]:
+    """Of every call, its guidance branch, and how many full steps of that have been."""
+    full, found = dict[int, int](), []
+    for call in report.calls:
+        full[call.branch] = full.get(call.branch, 0) + (call.mode is Mode.FULL)
+        found.append((call.branch, full[call.branch]))
+    return found
 
 
 def uniformity(counts: np.ndarray, tile: int = TILE) -> float:
@@ -136,6 +151,7 @@ def draw(
     table = Table(
         Column("selector", no_wrap=True),
         "uniformity",
+        "coverage",
         "row",
         "column",
         "PSNR to full",
@@ -145,10 +161,11 @@ def draw(
     for selector, image, found in seen:
         likeness = psnr_text(psnr(full, image))
         uniform, row, column = f"{found.uniformity:.3f}", f"{found.row_bias:+.2f}", f"{found.column_bias:+.2f}"
-        table.add_row(escape(selector), uniform, row, column, likeness)
-        lines = [selector, f"uniformity {uniform}", f"row {row}, column {column}", likeness]
+        covered = f"{found.coverage:.1%}"
+        table.add_row(escape(selector), uniform, covered, row, column, likeness)
+        lines = [selector, f"uniformity {uniform}, coverage {covered}", f"row {row}, column {column}", likeness]
         panels.append((overlay(image, found.share, most), lines))
-        figures[selector] = {"uniformity": found.uniformity, "row_bias": found.row_bias, "column_bias": found.column_bias}
+        figures[selector] = {name: getattr(found, name) for name in FIGURES}
     heading = (
         f"{prompt} ({name}, seed {settings.seed}, N={config.interval} R={config.cache_ratio:g}, age weight {config.age_weight:g}): "
         f"how often each place was computed between full steps, from never (dark blue) to {most:.0%} of the time (yellow)"

@@ -115,7 +115,8 @@ def make_run(
                     "uniformity": 0.97,
                 }
                 write_json(
-                    path / "maps" / f"{p:02}-{number:04}.json", record | {"row_bias": 0.1, "column_bias": 0.6, "pictures": 2}
+                    path / "maps" / f"{p:02}-{number:04}.json",
+                    record | {"coverage": 0.31, "row_bias": 0.1, "column_bias": 0.6, "pictures": 2},
                 )
     write_json(path / "cut.json", {score: 1 for score in scores})
     steps = {"10": [f"seconds of {methods[0]}"], "5": []}
@@ -494,6 +495,25 @@ def test_series() -> None:
         == "cache selector=drift + merge"
     )
     assert drawing.series("cache preset=toca") == "cache preset=toca"
+
+
+def test_against_any_method(tmp_path: Path) -> None:
+    """The differences are those of the rows, prompt by prompt, and nothing is compared with itself."""
+    run = make_run(tmp_path / "run", prompts=MORE, pipelines=("emoji-flux", "emoji-pixart"))
+    report = ["report", str(run), "--output", str(tmp_path / "out"), "--against"]
+    assert CliRunner().invoke(cli.app, [*report, METHODS[3], "--against", "10 steps"]).exit_code == 0
+    found, rows = pd.read_csv(tmp_path / "out" / "against.csv"), read_run(RunFolder(run)).rows
+    assert set(found["against"]) == {METHODS[3], "10 steps"} and set(found["value"]) == {"emoji-reward", "ssim"}
+    assert not (found["method"] == found["against"]).any() and (found["n"] == len(MORE)).all()
+    for row in found.itertuples():
+        own = rows[rows["pipeline"] == row.pipeline].set_index(["method", "prompt", "seed"])[row.value]
+        by_hand = (own[row.method] - own[row.against]).groupby("prompt").mean()
+        assert row.difference == pytest.approx(by_hand.mean()) and row.low <= row.difference <= row.high
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert html.count('aria-label="Against') == 4
+    assert page.signed(found["difference"].iloc[0], "+.3f") in html
+    wrong = CliRunner().invoke(cli.app, [*report, "10 step"])
+    assert wrong.exit_code == 2 and "did you mean '10 steps'" in " ".join(wrong.output.split())
 
 
 def test_labels_keep_apart() -> None:

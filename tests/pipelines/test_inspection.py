@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import dit_accel
-from dit_accel import TokenCacheConfig
+from dit_accel import OutputCacheConfig, TokenCacheConfig
 from dit_accel.pipelines import inspection
 
 
@@ -49,6 +49,36 @@ def test_places_are_those_that_were_computed(tiny_flux):
     found = inspection.places(report)
     assert found.share.shape == report.grid == (8, 6)
     assert np.unravel_index(found.share.argmax(), found.share.shape) == (2, 1) and found.share[2, 1] == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TokenCacheConfig(interval=3, cache_ratio=0.8, age_weight=0.0),
+        OutputCacheConfig(interval=3, compute_ratio=0.2),
+        OutputCacheConfig(interval=3, compute_ratio=0.2, selector="similarity", attention="fresh"),
+    ],
+)
+def test_coverage_by_hand(tiny_flux, config):
+    """7 steps: full ones are 0, 3 and 6, so that steps 1 and 2, and 4 and 5, share an interval each."""
+    pipe = dit_accel.apply(tiny_flux(), config, record=True)
+    pipe("red", height=64, width=48, num_inference_steps=7, max_sequence_length=8, output_type="latent")
+    report, sets = dit_accel.report(pipe), {}
+    assert {made.call for made in report.selections} == {1, 2, 4, 5}
+    for made in report.selections:
+        if made.stream != "text":
+            text = 8 if made.stream == "joint" else 0
+            image = {int(token) - text for token in made.tokens[0] if token >= text}
+            sets.setdefault((made.stream, made.layer, made.call > 3), set()).update(image)
+    found = inspection.places(report)
+    assert found.coverage == pytest.approx(np.mean([len(one) / 48 for one in sets.values()])) and 0.15 < found.coverage < 0.45
+    if isinstance(config, OutputCacheConfig):
+        assert [len(made.tokens[0]) for made in report.selections] == [call.counts[0] for call in report.calls if call.counts]
+
+
+def test_without_computed_tokens_there_is_nothing_to_record(tiny_flux):
+    with pytest.raises(ValueError, match="compute_ratio"):
+        dit_accel.apply(tiny_flux(), OutputCacheConfig(interval=3), record=True)
 
 
 def test_nothing_recorded_raises(tiny_flux):
