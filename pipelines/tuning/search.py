@@ -23,7 +23,7 @@ from dit_accel import OutputCacheConfig
 from dit_accel.pipelines.generation import Settings, denoise, switched
 from dit_accel.pipelines.pictures import decibels, squared_error
 from dit_accel.pipelines.tuning.candidates import Candidate, changed, even
-from dit_accel.pipelines.tuning.starts import schedules, trajectory
+from dit_accel.pipelines.tuning.starts import schedules, spaced, trajectory
 
 RACE = (4, 12)  # so many prompts have to be won before a candidate is tried on more
 SLACK = 1.5  # dB that a start may be farther on the fewest prompts to be tried on more
@@ -164,13 +164,16 @@ def search(
     starts = list[Candidate]()
     for number, every in kinds:  # fewer steps; twice or three times as many, of which every second or third is full; and others
         starts += [plain(range(number), MANNERS[-1], every, number)]
+        if every > 1:  # which rarely wins, and can still be come to
+            starts.append(plain(spaced(steps, number, lambda share: share), MANNERS[0], every))
+            continue
         starts += [plain(range(0, n * number, n), m, every, n * number) for n in (2, 3) for m in MANNERS[:3] if n * number <= steps]
         starts += [plain(schedule, manner, every) for schedule in schedules(steps, number, *along) for manner in MANNERS[:3]]
-    best, *others = [one for one in starts if one.cost <= most]
+    best, *others = [one for one in (*first, *starts) if one.cost <= most]
     for one in others:  # which differ much: that few prompts like one less says little
         best = one if bench.better(one.config, best.config, SLACK) else best
     every = 1 if best.guided is None else -(-len(best.steps) // len(best.guided))
-    for one in [*[replace(plain(best.steps, manner, every), run=best.run) for manner in MANNERS], *first]:
+    for one in [replace(plain(best.steps, manner, every), run=best.run) for manner in MANNERS]:
         best = one if one.cost <= most and bench.better(one.config, best.config, SLACK) else best
     tried, idle = {best}, 0
     while bench.spent - begun < seconds and idle < IDLE:

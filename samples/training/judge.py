@@ -10,10 +10,8 @@ is what ships. An interrupted training goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,121 +19,26 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderTiny
 from rich.progress import Progress, TimeElapsedColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from augment import augment
 from common import load_checkpoint, open_vae, save_checkpoint, write_json
 from data import BACKGROUNDS, HELD_OUT_TOGETHER, STYLES, WORK, Concept, Scene, compose, concepts, drawings, scene
+from dit_accel.eval.rewards import judge as rewards
+from dit_accel.eval.rewards.judge import CELL, SIDE, WIDTHS, Asked, Judge, Verdict
 
 OUT = Path(__file__).parent.parent / "judge"
 SETS = ("noto", "noto-v1", "fluent-flat", "fluent-3d", "twemoji", "emojione")
 UNSEEN = "emojione"
-SIDE, CELL, WIDTHS = 96, 16, (24, 48, 96, 160)  # the shorter side it looks at, and what one cell of its map covers, in pixels
 SIZES, SHARES = [(96, 96), (96, 128), (128, 96)], [8, 1, 1]  # of training pictures, and how often each comes
 NOTHING = 0.2  # weight of a cell that shows nothing: most do
-TOLERANCE = 60  # Euclidean distance in RGB within which a color bears a name
 Box = tuple[int, int, int, int]
 
 
-class Residual(torch.nn.Module):
-    """Two 3 x 3 convolutions beside a 1 x 1, at half the resolution."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.first = torch.nn.Sequential(
-            torch.nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False), torch.nn.BatchNorm2d(out), torch.nn.ReLU(inplace=True)
-        )
-        self.second = torch.nn.Sequential(torch.nn.Conv2d(out, out, 3, padding=1, bias=False), torch.nn.BatchNorm2d(out))
-        self.shortcut = torch.nn.Sequential(torch.nn.AvgPool2d(2), torch.nn.Conv2d(width, out, 1, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.second(self.first(x)) + self.shortcut(x))
-
-
-class Judge(torch.nn.Module):
-    """Pictures [n, 3, h, w] in -1..1, of any size, to a map of logits [n, concepts + 1, rows, columns]; the last one is of nothing.
-
-    A cell covers 16 x 16 pixels of the picture with its shorter side made 96 px.
-    """
-
-    def __init__(self, codes: list[str], widths: tuple[int, ...] = WIDTHS) -> None:
-        super().__init__()
-        self.codes = codes
-        self.stem = torch.nn.Sequential(
-            torch.nn.Conv2d(3, widths[0], 4, stride=2, padding=1, bias=False),
-            torch.nn.BatchNorm2d(widths[0]),
-            torch.nn.ReLU(inplace=True),
-        )
-        self.blocks = torch.nn.Sequential(*(Residual(a, b) for a, b in zip(widths, widths[1:], strict=False)))
-        self.head = torch.nn.Sequential(torch.nn.Dropout2d(0.1), torch.nn.Conv2d(widths[-1], len(codes) + 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        size = [round(SIDE * n / min(images.shape[2:]) / CELL) * CELL for n in images.shape[2:]]
-        if list(images.shape[2:]) != size:
-            images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
-        return self.head(self.blocks(self.stem(images)))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the judge says of a picture, and whether it is what was asked for; None where that was not asked for."""
-
-    named: tuple[str, ...]  # code points of all concepts, the surest first
-    object: bool | None  # one concept asked for: it is the surest
-    both: bool | None  # two asked for: they are the two surest
-    places: bool | None  # both, and the first lies on the right side of the second
-    background: bool | None
-
-
-def load_judge(folder: Path = OUT) -> Judge:
-    """The trained judge; `codes` has the code points of its concepts in order."""
-    config = json.loads((folder / "config.json").read_text())
-    judge = Judge(config["codes"], tuple(config["widths"]))
-    judge.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "judge.safetensors").items()}
-    )
-    return judge.eval()
-
-
-@torch.no_grad()
 def verdicts(judge: Judge, images: torch.Tensor, scenes: list[Scene], batch: int = 64) -> list[Verdict]:
     """Of pictures [n, 3, h, w] in -1..1 and what they were asked to show."""
-    found = []
-    for start in range(0, len(images), batch):
-        seen = judge(images[start : start + batch]).softmax(1)[:, :-1]  # [n, concepts, rows, columns]
-        sureness = seen.amax(dim=(2, 3))
-        rows, columns = torch.arange(seen.shape[2], dtype=seen.dtype), torch.arange(seen.shape[3], dtype=seen.dtype)
-        total = seen.sum(dim=(2, 3))
-        down, across = seen.sum(3) @ rows / total, seen.sum(2) @ columns / total  # centers of gravity [n, concepts], in cells
-        for i, asked in enumerate(scenes[start : start + batch]):
-            order = sureness[i].argsort(descending=True).tolist()
-            named = tuple(judge.codes[label] for label in order)
-            single = both = places = None
-            if asked.relation:
-                first, second = (judge.codes.index(concept.code) for concept in asked.subjects)
-                both = set(order[:2]) == {first, second}
-                x, y = across[i, second] - across[i, first], down[i, second] - down[i, first]
-                places = both and {"left of": x, "right of": -x, "above": y, "below": -y}[asked.relation].item() > 0
-            else:
-                single = named[0] == asked.subjects[0].code
-            found.append(Verdict(named, single, both, places, background_right(images[start + i], asked.background)))
-    return found
-
-
-def background_right(image: torch.Tensor, names: tuple[str, ...]) -> bool | None:
-    """Whether at least half of the pixels at the edge of a picture [3, h, w] in -1..1 have the named color; of two names, the
-    first is that of the upper half."""
-    if not names:
-        return None
-    pixels = (image.clamp(-1, 1) + 1) * 127.5
-    colors = torch.tensor(list(BACKGROUNDS.values()), dtype=pixels.dtype)
-    distance = (pixels[None] - colors[:, :, None, None]).norm(dim=1)  # [colors, h, w]
-    nearest = torch.where(distance.amin(0) < TOLERANCE, distance.argmin(0), -1)
-    edge = torch.ones_like(nearest, dtype=torch.bool)
-    width = min(edge.shape) // 16
-    edge[width:-width, width:-width] = False
-    halves = zip(names, nearest.tensor_split(len(names)), edge.tensor_split(len(names)), strict=True)
-    return all((half[ring] == list(BACKGROUNDS).index(name)).float().mean().item() >= 0.5 for name, half, ring in halves)
+    asked = [Asked(tuple(concept.code for concept in made.subjects), made.relation, made.background) for made in scenes]
+    return rewards.verdicts(judge, images, asked, BACKGROUNDS, batch)
 
 
 def shares(found: list[Verdict]) -> dict[str, float | int]:
@@ -272,6 +175,8 @@ def main(
         "widths": WIDTHS,
         "codes": judge.codes,
         "labels": [c.name for c in concepts()],
+        "aliases": [c.aliases for c in concepts()],
+        "backgrounds": BACKGROUNDS,
         "trained": {"sets": SETS, **settings},
         "accuracy": {"unseen_style": {"set": UNSEEN, "trained_on": others, **unseen}, "seen_drawings": seen},
     }

@@ -19,8 +19,9 @@ import typer
 
 from common import write_json
 from data import STYLES, WORK, Scene, concepts, pairs, scene_prompt
+from dit_accel.eval.rewards.judge import Verdict, load_judge
 from generate import background_scenes, defaults, generate_all, open_pipeline, pair_scenes
-from judge import OUT, Verdict, load_judge, shares, verdicts
+from judge import OUT, shares, verdicts
 from sheets import contact_sheet
 
 SEEDS = 4  # of one prompt, side by side

@@ -28,8 +28,9 @@ from autoencoder import psnr
 from border import ring_errors
 from common import write_json
 from data import STYLES, WORK, Scene, color_names, concepts, scene_prompt
+from dit_accel.eval.rewards.judge import Verdict, load_judge
 from generate import defaults, generate, generate_all, open_pipeline, pair_scenes
-from judge import OUT, Verdict, load_judge, shares, verdicts
+from judge import OUT, shares, verdicts
 
 MUST = {  # what it is called, how it is written, and what it must be
     "first detail": ("fine detail, first prediction to final: cosine", ".2f", "at most", 0.3),

@@ -12,7 +12,8 @@ from PIL import Image
 
 import judge as judging
 from data import BACKGROUNDS, STYLES, Scene, concepts
-from judge import background_right, labels_of, load_judge, verdicts
+from dit_accel.eval.rewards.judge import background_right, load_judge
+from judge import OUT, labels_of, verdicts
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 
@@ -65,12 +66,12 @@ def test_background_colors():
         image[:, 20:108, 20:108] = 1.0  # an object
         return image + 0.05 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
 
-    assert background_right(ground("blue"), ()) is None
+    assert background_right(ground("blue"), (), BACKGROUNDS) is None
     for name in BACKGROUNDS:
-        assert [other for other in BACKGROUNDS if background_right(ground(name), (other,))] == [name]
-    assert background_right(ground("blue", "pink"), ("blue", "pink")) is True
-    assert background_right(ground("blue", "pink"), ("pink", "blue")) is False
-    assert background_right(torch.ones(3, 128, 128), ("gray",)) is False
+        assert [other for other in BACKGROUNDS if background_right(ground(name), (other,), BACKGROUNDS)] == [name]
+    assert background_right(ground("blue", "pink"), ("blue", "pink"), BACKGROUNDS) is True
+    assert background_right(ground("blue", "pink"), ("pink", "blue"), BACKGROUNDS) is False
+    assert background_right(torch.ones(3, 128, 128), ("gray",), BACKGROUNDS) is False
 
 
 def test_cells_are_labeled_by_what_lies_in_their_middle():
@@ -94,7 +95,7 @@ def test_the_judge_names_what_the_contact_sheets_show(name):
     places = [(i // 18 * 75, i % 18 * 64) for i in range(3 * len(concepts()))]
     tiles = torch.stack([pixels[:, y : y + 64, x : x + 64] for y, x in places]) / 127.5 - 1
     scenes = [Scene((concept,), style) for concept in concepts() for style in STYLES]
-    found = verdicts(load_judge(), F.interpolate(tiles, size=(128, 128), mode="bilinear"), scenes)
+    found = verdicts(load_judge(OUT), F.interpolate(tiles, size=(128, 128), mode="bilinear"), scenes)
     assert judging.shares(found)["object"] >= 0.85
 
 
