@@ -14,6 +14,7 @@ from dit_accel.config import OutputCacheConfig, TokenCacheConfig
 from dit_accel.eval.strict_yaml import SettingError, shown
 from dit_accel.names import meant
 from dit_accel.pipelines.methods import SECTIONS, Config
+from dit_accel.recipe import SHIPPED, own_folder
 
 # Options whose value may be a list itself: to sweep one, give a list that holds a list.
 LISTS = {name for kind in SECTIONS.values() for name, kinds in kind.kinds().items() for one in kinds if get_origin(one) is tuple}
@@ -28,12 +29,13 @@ class Cell:
     configs: tuple[Config, ...] = ()
     steps: int | None = None  # None: those of the pipeline
     kind: str = "method"  # or "full", "no-op", "fewer steps"
-    code: str = ""  # hash of the selector file, if the cell uses what that registers
+    code: str = ""  # hash of the selector file, if the cell uses what that registers; of the recipes, if it is one
+    speedup: float | None = None  # of the pipeline's recipe for it
 
     def options(self) -> dict[str, Any]:
         """Everything that the cell sets, as plain values."""
         found = {name: c.to_dict() for name, kind in SECTIONS.items() for c in self.configs if isinstance(c, kind)}
-        return {**found, **({"steps": self.steps} if self.steps else {})}
+        return {**found, **{name: value for name in ("steps", "speedup") if (value := getattr(self, name))}}
 
 
 def cells_of(methods: tuple[dict[str, Any], ...], selector_file: str | None) -> list[Cell]:
@@ -45,22 +47,45 @@ def cells_of(methods: tuple[dict[str, Any], ...], selector_file: str | None) -> 
     code = hashlib.sha256(Path(selector_file).read_bytes()).hexdigest() if selector_file is not None else ""
     for number, method in enumerate(methods):
         place = ("methods", number)
+        said = "A method sets cache, merge, output or steps (or several), or speedup alone"
         if not isinstance(method, dict) or not method:
-            raise SettingError(f"A method sets cache, merge, output or steps (or several), not {shown(method)}.", *place)
+            raise SettingError(f"{said}, not {shown(method)}.", *place)
         for name in method:
-            if name not in (*SECTIONS, "steps"):
-                hint = meant(name, (*SECTIONS, "steps"))
-                raise SettingError(f"A method sets cache, merge, output or steps (or several), not {name}.{hint}", *place, name)
+            if name not in (known := (*SECTIONS, "steps", "speedup")):
+                raise SettingError(f"{said}, not {name}.{meant(name, known)}", *place, name)
+        if "speedup" in method:
+            if len(method) > 1:
+                raise SettingError("speedup works alone: the recipe says everything else.", *place, "speedup")
+            for speedup in _listed(method["speedup"]):
+                cells.append(_new(_recipe(speedup, place), seen, place))
+            continue
         if "output" in method and set(method) - {"output", "steps"}:
             raise SettingError("output works alone; make cache and merge methods of their own.", *place, "output")
         grids: list[list[Any]] = [_grid(section, method[section], place) if section in method else [None] for section in SECTIONS]
         for *options, count in itertools.product(*grids, _step_counts(method, place)):
-            cell = _cell(dict(zip(SECTIONS, options, strict=True)), count, code, place)
-            if cell.label in seen:
-                raise SettingError(f"The method {cell.label!r} comes twice.", *place)
-            seen.add(cell.label)
-            cells.append(cell)
+            cells.append(_new(_cell(dict(zip(SECTIONS, options, strict=True)), count, code, place), seen, place))
     return cells
+
+
+def _new(cell: Cell, seen: set[str], place: tuple[Any, ...]) -> Cell:
+    """A cell whose label was not seen before."""
+    if cell.label in seen:
+        raise SettingError(f"The method {cell.label!r} comes twice.", *place)
+    seen.add(cell.label)
+    return cell
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _recipe(speedup: Any, place: tuple[Any, ...]) -> Cell:
+    """Of whichever pipeline: its recipe for this speed."""
+    if isinstance(speedup, bool) or not isinstance(speedup, (int, float)) or speedup < 1:
+        raise SettingError(f"speedup must be a number of at least 1, not {shown(speedup)}.", *place, "speedup")
+    files = [path for folder in (own_folder(), SHIPPED) for path in sorted(folder.glob("*.json"))]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return Cell(f"recipe speedup={speedup:g}", code=code, speedup=float(speedup))
 
 
 def _step_counts(method: dict[str, Any], place: tuple[Any, ...]) -> list[int | None]:

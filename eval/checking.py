@@ -16,6 +16,7 @@ from dit_accel.eval.timing import PROBES
 from dit_accel.pipelines.catalog import find
 from dit_accel.pipelines.generation import settings_for
 from dit_accel.pipelines.loading import explained, load, pick_device, pick_dtype, read_class, understand
+from dit_accel.recipe import choose
 
 TRIAL = 2  # denoising steps from which the seconds of all are estimated
 
@@ -46,9 +47,12 @@ def check(spec: Spec) -> None:
     for name in spec.pipelines:
         transformer = without_weights(name)
         for cell in spec.cells:
-            if cell.configs:
+            if cell.configs or cell.speedup:
                 try:
-                    dit_accel.apply(transformer, list(cell.configs))
+                    if cell.speedup:
+                        choose(transformer, cell.speedup, None)
+                    else:
+                        dit_accel.apply(transformer, list(cell.configs))
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name} cannot run the method {cell.label!r}: {error}") from None
                 except RuntimeError:  # it reads the weights, which are not there

@@ -12,6 +12,7 @@ import torch
 import dit_accel
 from dit_accel.eval.spec import Cell
 from dit_accel.pipelines.generation import OnStep, Picture, Settings, denoise, switch
+from dit_accel.recipe import choose
 
 WORK = ("flops", "full_flops", "cache_bytes", "tokens_share", "tokens_merged", "full_steps", "partial_steps")
 
@@ -51,7 +52,7 @@ class Measured:
             torch.cuda.reset_peak_memory_stats(device)
         try:
             if not self.applied:
-                switch(pipe, list(self.cell.configs))
+                switch(pipe, [choose(pipe, self.cell.speedup, None)] if self.cell.speedup else list(self.cell.configs))
                 self.applied = True
             with warnings.catch_warnings():
                 if self.cell.kind == "no-op":  # is meant to save nothing
@@ -59,7 +60,7 @@ class Measured:
                 pictures = denoise(pipe, list(batch), self.settings, on_step, applied=False)
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
             if key not in self.bench.works:
-                self.bench.works[key] = dit_accel.report(pipe).to_dict() if self.cell.configs else {}
+                self.bench.works[key] = dit_accel.report(pipe).to_dict() if self.cell.configs or self.cell.speedup else {}
         except BaseException:
             dit_accel.remove(pipe)
             self.applied = False

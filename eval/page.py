@@ -62,9 +62,22 @@ def columns(scores: tuple[str, ...], pipelines: int) -> list[Column]:
         Column("peak memory, MiB", "of the device; not measured on a CPU", lambda r: mebibytes(r["peak_memory"])),
         Column("cache, MiB", "features kept between steps", lambda r: mebibytes(r["cache_bytes"])),
     ]
+    if len(scores) > 1:
+        about = "scores that are lower than full's, the whole interval of the difference below 0; the surest first"
+        found.append(Column("breaks", about, lambda r: Cell(", ".join(broken(r, scores)) or NOTHING), "text"))
     for i, score in enumerate(scores[1:], 1):
         found += quality(score, f"score {i}", f"{i}: ")
     return found
+
+
+def broken(row: Row, scores: Sequence[str]) -> list[str]:
+    """The scores of a method that lie below full's by the whole interval of their difference: by how many of its widths."""
+    found = {}
+    for i, score in enumerate(scores):
+        difference, low, high = (row[f"{i}: {part}" if i else part] for part in ("difference", "low", "high"))
+        if pd.notna(high) and high < 0:
+            found[score] = difference / max(high - low, 1e-12)
+    return sorted(found, key=lambda score: found[score])
 
 
 def quality(score: str, heading: str, prefix: str = "") -> list[Column]:

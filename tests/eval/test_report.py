@@ -467,6 +467,18 @@ def test_several_scores_and_pipelines(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_what_breaks_is_what_lies_below_full(tmp_path: Path) -> None:
+    """By hand: c loses nothing for sure; b loses most of its interval's widths."""
+    row = {"difference": -0.2, "low": -0.3, "high": -0.1}
+    row |= {"1: difference": -0.1, "1: low": -0.11, "1: high": -0.09, "2: difference": -0.5, "2: low": -1.1, "2: high": 0.1}
+    assert page.broken(row, ("a", "b", "c")) == ["b", "a"]
+    unknown = {f"{prefix}{part}": math.nan for prefix in ("", "1: ") for part in ("difference", "low", "high")}
+    assert page.broken(unknown, ("a", "b")) == []
+    run = make_run(tmp_path / "run", prompts=MORE, scores=("emoji-reward", "other"))
+    text = write_report(RunFolder(run), tmp_path / "out", RESAMPLES).read_text()
+    assert ">breaks<" in text
+
+
 def test_the_same_run_makes_the_same_files(run: Path, tmp_path: Path) -> None:
     write_report(RunFolder(run), tmp_path, RESAMPLES)
     for file in tmp_path.iterdir():

@@ -107,6 +107,29 @@ def test_pictures_are_those_of_the_plain_pipeline_from_the_noise_of_prompt_and_s
         assert ours.std() > 5
 
 
+def test_a_recipe_is_that_of_the_pipeline(tmp_path, spec_file, flux_path, monkeypatch):
+    """The closest one that is fast enough; another one of the same speed is another method's pictures."""
+    own = {"model": "tiny", "transformer": {"class": "FluxTransformer2DModel"}, "levels": [1 - i / 6 for i in range(6)]}
+    own["recipes"] = [{"speedup": n, "config": {"full_steps": full}} for n, full in ((1.5, [0, 1, 3, 5]), (3.0, [0, 2]))]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "tiny.json").write_text(json.dumps(own))
+    monkeypatch.setenv("DIT_ACCEL_RECIPES", str(tmp_path / "own"))
+    evaluate(spec_file(methods=[{"speedup": [1.5, 3]}], seeds=1, timing_rounds=1, steps=6), tmp_path / "run")
+    rows, pipe = rows_of(tmp_path / "run"), load(str(flux_path))
+    assert {"recipe speedup=1.5", "recipe speedup=3"} < set(rows["method"]) and rows["error"].isna().all()
+    codes = [Spec(("a",), ("b",), ({"speedup": 3},)).cells[-1].code]
+    (tmp_path / "own" / "tiny.json").write_text(json.dumps(own).replace("[0, 2]", "[0, 3]"))
+    assert codes != [Spec(("a",), ("b",), ({"speedup": 3},)).cells[-1].code]
+    (tmp_path / "own" / "tiny.json").write_text(json.dumps(own))
+    dit_accel.apply(pipe, speedup=3)
+    some = rows[rows["method"] == "recipe speedup=3"]
+    seeds = [torch.Generator().manual_seed(noise_seed(prompt, 0)) for prompt in some["prompt"]]
+    size = dict(height=64, width=48, num_inference_steps=6, guidance_scale=0.0, max_sequence_length=8)
+    for row, image in zip(some.to_dict("records"), pipe(list(some["prompt"]), generator=seeds, **size).images, strict=True):
+        assert abs(np.asarray(picture(tmp_path / "run", row), dtype=int) - np.asarray(image, dtype=int)).max() <= 1
+    assert (some["full_flops"] / some["flops"]).tolist() == pytest.approx([3] * len(some), rel=0.01)
+
+
 def test_scores_and_fidelity_are_those_of_the_pictures(finished, spec_values, reward_path):
     output, _ = finished
     rows = rows_of(output)
