@@ -3,12 +3,14 @@
     python benchmarks/input_merge.py measure    # makes, times, compares and scores the pictures
     python benchmarks/input_merge.py page       # renews the table in docs/model-scope.md
 
-Beside them the stock pipeline at half the side, enlarged. One picture at a time, one thread; every picture is timed against one in
-full of the same prompt just before it.
+Beside them token merging as ToMe-SD has it, and the stock pipeline at half the side, enlarged. One picture at a time, one thread;
+the pictures of a prompt are timed, shuffled, between two in full. A run goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from PIL import Image
 from rich.progress import track
 
 import dit_accel
-from dit_accel import recipe
+from dit_accel import TokenMergeConfig, recipe
 from dit_accel.eval.fidelity import decibels, squared_error
 from dit_accel.eval.prompt_sets import read_prompt_set
 from dit_accel.eval.rewards import load_reward
@@ -35,8 +37,9 @@ from dit_accel.pipelines.tuning.search import BEST
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 ROOT = Path(__file__).parent.parent
-PIPELINES, SPEEDS, SCORE = ["emoji-flux", "emoji-pixart"], (3, 4, 6), "emoji-reward"
-PROMPTS = read_prompt_set(ROOT / "eval" / "specs" / "embedded.txt")
+PIPELINES, SPEEDS = ["emoji-flux", "emoji-pixart"], (2, 3, 4, 6)
+SCORES = ("emoji-reward", "judge", "judge:detail")
+PROMPTS = read_prompt_set(ROOT / "eval" / "specs" / "compression.txt")
 Output = typer.Option(ROOT / "docs" / "data" / "input-merge.json", help="File of the measurements.")
 MARKS = "<!-- made by benchmarks/input_merge.py page -->", "<!-- end -->"
 
@@ -50,55 +53,69 @@ def settings(name: str) -> list[tuple[str, Any, float]]:
             for merged in sorted({0, 1, (len(full) + 1) // 2, len(full) - 1}):
                 config = replace(one.config, merged_steps=full[:merged] or None)
                 found.append((f"recipe for {one.speedup:g}x, {merged} of {len(full)} full steps merged", config, 1.0))
-    return [*found, ("half the side, enlarged", None, 0.5)]
+    merging: Any = TokenMergeConfig(ratio=0.5, merge_cross_attention="pixart" in name, merge_mlp=True)
+    return [*found, ("ToMe-SD, half of the tokens merged in every module", merging, 1.0), ("half the side, enlarged", None, 0.5)]
 
 
 @app.command()
 def measure(
-    prompts: int = typer.Option(24, min=2, max=len(PROMPTS), help="How many prompts, spread over the set."), output: Path = Output
+    pipelines: list[str] = typer.Option(PIPELINES, "--pipeline", help="emoji-flux or emoji-pixart; may be repeated."),
+    prompts: int = typer.Option(48, min=2, max=len(PROMPTS), help="How many prompts, spread over the set."),
+    output: Path = Output,
 ) -> None:
     """Make the pictures."""
     torch.set_num_threads(1)
     quiet()
-    reward, rows = load_reward(SCORE), recording.rows_of(output)
-    for name in PIPELINES:
+    rewards, rows = {name: load_reward(name) for name in SCORES}, recording.rows_of(output)
+    for name in pipelines:
         pipe = load(name, "float32")
         best, cells = settings_for(pipe, name), settings(name)
+
+        def picture(prompt: str, config: Any, side: float, pipe: Any = pipe, best: Any = best) -> tuple[Any, float | None]:
+            size = replace(best, height=int(side * best.height), width=int(side * best.width))
+            with switched(pipe, config):
+                made = denoise(pipe, [(prompt, noise_seed(prompt, 0))], size, lambda: None, applied=False)[0]
+                return made, dit_accel.report(pipe).flops_ratio if config is not None else None
+
         for number in track(range(prompts), description=name):
             prompt = PROMPTS[number * len(PROMPTS) // prompts]
             if any(row["pipeline"] == name and row["prompt"] == prompt for row in rows):
                 continue
-            made = []
-            for label, config, side in cells:
-                small = replace(best, height=int(side * best.height), width=int(side * best.width))
-                pair, seed = [], noise_seed(prompt, 0)
-                for one, size in ((None, best), (config, small)):
-                    with switched(pipe, one):
-                        pair += denoise(pipe, [(prompt, seed)], size, lambda: None, applied=False)
-                        flops = dit_accel.report(pipe).flops_ratio if one is not None else None
-                full, faster = pair
-                image = faster.image.resize(full.image.size, Image.Resampling.LANCZOS)
-                scores = reward.score([prompt] * 2, [full.image, image])
-                row = {"pipeline": name, "prompt": prompt, "setting": label, "flops": flops, SCORE: float(scores[1] - scores[0])}
-                row |= {"speedup": full.denoising_seconds / faster.denoising_seconds}
-                made.append(row | {"psnr": min(BEST, decibels(squared_error(full.image, image)))})
-            rows += made
+            order = random.Random(number).sample(cells, len(cells))
+            full = picture(prompt, None, 1.0)[0]
+            made = [(label, side, *picture(prompt, config, side)) for label, config, side in order]
+            seconds = (full.denoising_seconds + picture(prompt, None, 1.0)[0].denoising_seconds) / 2
+            images = [full.image, *(one.image.resize(full.image.size, Image.Resampling.LANCZOS) for _, _, one, _ in made)]
+            scores = {key: reward.score([prompt] * len(images), images) for key, reward in rewards.items()}
+            for i, (label, _, one, flops) in enumerate(made, 1):
+                row = {"pipeline": name, "prompt": prompt, "setting": label, "flops": flops}
+                row |= {"speedup": seconds / one.denoising_seconds}
+                row |= {"psnr": min(BEST, decibels(squared_error(full.image, images[i])))}
+                rows.append(row | {key: none(found[i] - found[0]) for key, found in scores.items()})
             recording.save(output, rows)
 
 
-def table(rows: pd.DataFrame) -> list[str]:
+def none(value: float) -> float | None:
+    """A number, or None for NaN, which JSON has not."""
+    return None if math.isnan(value) else float(value)
+
+
+def table(rows: pd.DataFrame, order: list[str]) -> list[str]:
     """In Markdown."""
-    lines = ["| | by FLOPs | measured | PSNR, dB | score beside the full run's |", "| --- | --- | --- | --- | --- |"]
-    for label, some in rows.groupby("setting", sort=False):
-        likeness, score = mean_interval(some["psnr"]), paired(some[SCORE])
+    lines = [
+        "| | by FLOPs | measured | PSNR, dB | score beside the full run's | right by the judge | small strokes, log-odds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for label in order:
+        some = rows[rows["setting"] == label]
+        likeness = mean_interval(some["psnr"])
         flops = f"{some['flops'].median():.2f}x" if some["flops"].notna().all() else ""
-        cells = [
-            label,
-            flops,
-            f"{some['speedup'].median():.2f}x",
-            f"{likeness.mean:.1f} ({likeness.low:.1f} to {likeness.high:.1f})",
-        ]
-        lines.append(f"| {' | '.join(cells)} | {score.mean:+.2f} ({score.low:+.2f} to {score.high:+.2f}) |")
+        cells = [label, flops, f"{some['speedup'].median():.2f}x"]
+        cells.append(f"{likeness.mean:.1f} ({likeness.low:.1f} to {likeness.high:.1f})")
+        for key in SCORES:
+            lost = paired(some[key].dropna().astype(float))
+            cells.append(f"{lost.mean:+.2f} ({lost.low:+.2f} to {lost.high:+.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -107,7 +124,8 @@ def page(output: Path = Output, path: Path = typer.Option(ROOT / "docs" / "model
     """Renew the tables between the marks."""
     rows, lines = pd.DataFrame(recording.rows_of(output)), [MARKS[0]]
     for name, some in rows.groupby("pipeline", sort=False):
-        lines += ["", f"{name}, {some['prompt'].nunique()} prompts, one seed each:", "", *table(some)]
+        about = f"{name}, {some['prompt'].nunique()} prompts of eval/specs/compression.txt, one seed each:"
+        lines += ["", about, "", *table(some, [label for label, _, _ in settings(str(name))])]
     before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
     write_atomically(path, (before + "\n".join(lines) + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]).encode())
 

@@ -255,6 +255,9 @@ class OutputCacheConfig(Options):
         "before the n-th. Costs likeness to the uncached picture, and less of the picture's quality: for 5x and more.",
         0,
     )
+    merged_above: float | None = option(
+        None, "Noise level, from 0 to 1, above which full steps see the picture at that fraction of its side, too.", 0, 1
+    )
     merged_side: int = option(2, "That fraction, as 1 over this.", 2, choices=(2, 4))
     lead: float | tuple[float, ...] = option(
         0.0,
@@ -264,6 +267,11 @@ class OutputCacheConfig(Options):
         -1,
         1,
     )
+
+    @property
+    def merging(self) -> bool:
+        """Whether full steps may see the picture at a fraction of its side."""
+        return bool(self.merged_steps) or self.merged_above is not None
 
     @property
     def run_steps(self) -> int | None:
@@ -285,7 +293,7 @@ class OutputCacheConfig(Options):
             raise ValueError("guidance_steps must be a whole number of at least 1, not 0; or numbers of steps.")
         if sum(value is not None for value in (self.full_steps, self.tolerance, self.when)) > 1:
             raise ValueError("full_steps, tolerance and when each say when a step is full; give one of them.")
-        alike = any((*each(self.correct), *each(self.lead), self.space == "data", self.merged_steps))
+        alike = any((*each(self.correct), *each(self.lead), self.space == "data", self.merging))
         if self.compute_ratio and alike:
             raise ValueError("correct, lead, space='data' and merged_steps are about all tokens alike; leave compute_ratio at 0.")
         if (self.space, self.how) == ("data", "logit"):

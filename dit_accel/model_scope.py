@@ -72,7 +72,7 @@ class ModelScope(Engine):
         self.latest: Moment | None = None  # of the last call, with the times that the transformer is told
         self.config, self.rule, self.family, self.packed = config, rule(config), family, None
         self.order = UNCONDITIONAL_FIRST if family is None else family.batched_guidance  # of guidance in one batch
-        if config.merged_steps and family is None:
+        if config.merging and family is None:
             raise TypeError(f"The picture of {name} cannot be merged: its tokens are not described. Leave merged_steps out.")
         if config.compute_ratio:
             if family is None:
@@ -127,7 +127,7 @@ class ModelScope(Engine):
             even = isinstance(latents, torch.Tensor) and len(latents) % 2 == 0 and self.order == UNCONDITIONAL_FIRST
             # Two pictures of one seed are no guidance where the call has a branch's name.
             self.run.halves = even and name in (None, "cond_uncond") and bool(torch.equal(*latents.chunk(2)))
-        if self.family is None or (self.packed is None and not self.config.merged_steps):
+        if self.family is None or (self.packed is None and not self.config.merging):
             return
         frames, height, width = self.family.grid(self.transformer.config, given)
         self.run.grid = frames * height, width
@@ -142,7 +142,7 @@ class ModelScope(Engine):
         return Branch()
 
     def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
-        if self.config.space == "data" or self.config.merged_steps:
+        if self.config.space == "data" or self.config.merging:
             if not moment.levels or moment.predicts not in spaces.IMPLIED:
                 asked = "space='data' needs" if self.config.space == "data" else "merged_steps needs"
                 raise ValueError(
@@ -160,7 +160,7 @@ class ModelScope(Engine):
 
     def plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:
         plan = self._plan(branch, moment, call)
-        merged = self.run.merged if plan.mode is Mode.FULL and merges(self.config, moment.step) else 0
+        merged = self.run.merged if plan.mode is Mode.FULL and merges(self.config, moment) else 0
         return replace(plan, merged=merged) if merged else plan
 
     def _plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:

@@ -205,10 +205,14 @@ def rule(config: OutputCacheConfig | TokenCacheConfig) -> when.Rule:
     return lambda progress: 1 if progress.step + 1 < config.warmup_steps else chosen(progress)
 
 
-def merges(config: OutputCacheConfig, step: int) -> bool:
+def merges(config: OutputCacheConfig, moment: Moment) -> bool:
     """Whether this step, if full, sees the picture at a fraction of its side."""
-    steps = config.merged_steps or 0
-    return step in steps if isinstance(steps, tuple) else step < steps
+    steps, above = config.merged_steps or 0, config.merged_above
+    listed = moment.step in steps if isinstance(steps, tuple) else moment.step < steps
+    if listed or above is None:
+        return listed
+    alpha, sigma = moment.levels[moment.step]
+    return sigma / (alpha + sigma) > above  # the noise level of flow matching; elsewhere what it would be
 
 
 def guided(steps: tuple[int, ...] | int, step: int, number: int) -> bool:

@@ -96,11 +96,19 @@ class Recipe:
             tuple(each(values)[min(i, len(each(values)) - 1)] for i in before)
             for values in (config.order, config.damping, config.correct, config.lead)
         )
-        guidance = config.guidance_steps
-        if isinstance(guidance, tuple):
-            guidance = tuple(step for step, i in zip(steps, before, strict=True) if old[i] in guidance)
+
+        def those(chosen: Any) -> Any:
+            """Of the full steps those that take the place of chosen ones."""
+            return tuple(s for s, i in zip(steps, before, strict=True) if old[i] in chosen) if isinstance(chosen, tuple) else chosen
+
         weights: dict[str, Any] = {"order": order, "damping": damping, "correct": correct, "lead": lead}
-        return replace(config, full_steps=tuple(steps), guidance_steps=guidance, **weights)
+        return replace(
+            config,
+            full_steps=tuple(steps),
+            guidance_steps=those(config.guidance_steps),
+            merged_steps=those(config.merged_steps),
+            **weights,
+        )
 
     def __str__(self) -> str:
         made = f"recipe of {self.model} for {self.speedup:g}x"

@@ -60,7 +60,7 @@ class Candidate:
     def of(cls, config: OutputCacheConfig) -> Candidate | None:
         """What a configuration is as a candidate; None of one that no list of full steps, or more than such, describes."""
         steps, run, guided = config.full_steps, config.sampler_steps, config.guidance_steps
-        if steps is None or callable(config.how) or isinstance(guided, int) or config.compute_ratio or config.merged_steps:
+        if steps is None or callable(config.how) or isinstance(guided, int) or config.compute_ratio or config.merging:
             return None
 
         def listed(values: Any) -> tuple[Any, ...]:

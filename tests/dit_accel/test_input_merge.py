@@ -158,6 +158,29 @@ def test_with_no_step_merged_nothing_changes():
             assert torch.equal(call(pipe, steps=6), plain)
 
 
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+def test_steps_above_a_noise_level_are_merged(name):
+    """0.5: as much noise as signal."""
+    build, call = PIPELINES[name]
+    pipe = build()
+    plain = call(pipe, steps=6)
+    if name == "flux":
+        above = [i for i, sigma in enumerate(pipe.scheduler.sigmas[:6].tolist()) if sigma > 0.5]
+    else:
+        shares = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].tolist()
+        above = [i for i, share in enumerate(shares) if share < 0.5]
+    assert 0 < len(above) < 6
+    found = []
+    for settings in ({"merged_above": 0.5}, {"merged_steps": tuple(above)}):
+        with dit_accel.applied(pipe, OutputCacheConfig(interval=1, **settings)):
+            found.append(call(pipe, steps=6))
+            calls = dit_accel.report(pipe).calls
+            assert [bool(one.merged) for one in calls] == [one.step in above for one in calls]
+    assert torch.equal(*found) and not torch.equal(found[0], plain)
+    with dit_accel.applied(pipe, OutputCacheConfig(interval=1, merged_above=1)):
+        assert torch.equal(call(pipe, steps=6), plain)
+
+
 def test_with_the_forecast_and_with_half_of_the_guidance():
     for name, more in (("flux", {}), ("pixart", {"guidance_steps": 2})):
         build, call = PIPELINES[name]

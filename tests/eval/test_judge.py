@@ -14,7 +14,12 @@ from PIL import Image
 from dit_accel.eval.rewards import judge as judging
 from dit_accel.eval.rewards import load_reward
 from dit_accel.eval.rewards.judge import ASPECTS, FINE, Asked, JudgeScore, Verdict
+from dit_accel.eval.spec import noise_seed
+from dit_accel.eval.statistics import paired
 from dit_accel.pipelines.catalog import samples_folder
+from dit_accel.pipelines.generation import call_arguments, settings_for
+from dit_accel.pipelines.loading import load
+from dit_accel.pipelines.prompt_sets import read_prompt_set
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "samples" / "training"))
@@ -93,3 +98,34 @@ def test_odds_are_those_of_the_surest_cell():
 
     (found,) = judging.verdicts(Seen(), torch.zeros(1, 3, 96, 96), [Asked(("a", "b"), "left of")], {"red": (255, 0, 0)})
     assert found.odds == pytest.approx({"a": np.log(0.7 / 0.3), "b": np.log(0.1 / 0.9)})
+
+
+@pytest.mark.slow
+def test_pictures_with_a_twentieth_of_their_tokens_replaced_score_lower():
+    """What an evaluation of compression has to notice: tokens of another picture, 13 of 256, in place of a picture's own."""
+    prompts = read_prompt_set(ROOT / "eval" / "specs" / "compression.txt")[::4]
+    pipe = load("emoji-flux", "float32")
+    settings, latents = settings_for(pipe, "emoji-flux"), []
+    arguments = call_arguments(pipe, settings, lambda: None) | {"output_type": "latent"}
+    for start in range(0, len(prompts), 8):
+        some = prompts[start : start + 8]
+        noise = [torch.Generator().manual_seed(noise_seed(prompt, 0)) for prompt in some]
+        latents.append(pipe(some, generator=noise, **arguments).images)
+    whole, random_ = torch.cat(latents), torch.Generator().manual_seed(0)
+    replaced, count = whole.clone(), round(0.05 * whole.shape[1])
+    for i in range(len(whole)):
+        places = torch.randperm(whole.shape[1], generator=random_)[:count]
+        replaced[i, places] = whole[(i + 1) % len(whole), places]
+
+    def decoded(packed):
+        unpacked = pipe._unpack_latents(packed, settings.height, settings.width, pipe.vae_scale_factor)
+        scaled = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        with torch.inference_mode():
+            return pipe.image_processor.postprocess(pipe.vae.decode(scaled, return_dict=False)[0], output_type="pil")
+
+    pictures = decoded(whole), decoded(replaced)
+    lost = {}
+    for name in ("emoji-reward", "judge:detail"):
+        before, after = (load_reward(name).score(prompts, some) for some in pictures)
+        lost[name] = paired((after - before)[~np.isnan(before)])
+    assert all(one.high < 0 and one.p < 0.01 for one in lost.values()), lost
