@@ -170,7 +170,7 @@ class OutputCacheConfig(Options):
 
     *When* is everything computed: full_steps, interval, warmup_steps, tolerance, when, guidance_steps, sampler_steps. *How* is the
     rest forecast, and what is added to full steps: how, space, order, guidance_order, damping, correct, lead. *Which* tokens:
-    compute_ratio, selector, attention, seed, merged_steps, merged_side.
+    compute_ratio, selector, attention, seed, and the options that begin with merged_.
 
     Raises:
         TypeError: for an option that does not exist, with the one that was probably meant.
@@ -257,6 +257,13 @@ class OutputCacheConfig(Options):
     )
     merged_above: float | None = option(
         None, "Noise level, from 0 to 1, above which full steps see the picture at that fraction of its side, too.", 0, 1
+    )
+    merged_keep: float = option(
+        0.0,
+        "Share of the merged cells whose tokens stay whole after the first full step (FLUX), chosen by the selector: variance, of "
+        "what is known of the picture, or any that observes nothing else.",
+        0,
+        1,
     )
     merged_side: int = option(2, "That fraction, as 1 over this.", 2, choices=(2, 4))
     lead: float | tuple[float, ...] = option(

@@ -52,8 +52,9 @@ RULES = (
     Rule(OutputCacheConfig, ("order", "damping"), lambda c: c.how == "reuse", "with how='reuse'"),
     Rule(OutputCacheConfig, ("how", "damping"), lambda c: max(each(c.order)) == 0, "with order=0"),
     Rule(OutputCacheConfig, ("guidance_order",), lambda c: c.guidance_steps is None, "without guidance_steps"),
-    Rule(OutputCacheConfig, ("selector", "attention", "seed"), lambda c: c.compute_ratio == 0, "without compute_ratio"),
-    Rule(OutputCacheConfig, ("merged_side",), lambda c: not c.merging, "without merged_steps"),
+    Rule(OutputCacheConfig, ("attention",), lambda c: c.compute_ratio == 0, "without compute_ratio"),
+    Rule(OutputCacheConfig, ("selector", "seed"), lambda c: not (c.compute_ratio or c.merged_keep), "without compute_ratio"),
+    Rule(OutputCacheConfig, ("merged_side", "merged_keep"), lambda c: not c.merging, "without merged_steps"),
     Rule(TokenMergeConfig, ("seed",), lambda c: not c.randomize, "with randomize=False"),
 )
 

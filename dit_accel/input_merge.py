@@ -3,21 +3,25 @@
 At a step, latents are alpha * picture + sigma * noise. Their mean over a cell of f x f has as much of the mean picture and an f-th
 of the noise; scaled, it is what the transformer expects of a picture of an f-th of the side at a lower noise level. The picture
 that it predicts there, enlarged, and the latents make up the output for the scheduler, whose latents stay whole: low resolution
-first, as in MrFlow (arXiv 2607.01642), with the stock pipeline.
+first, as in MrFlow (arXiv 2607.01642), with the stock pipeline. Where positions come as numbers (FLUX), cells that need detail
+early may keep their tokens: the sequence then has whole and merged tokens, and all are told the step's own time.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dit_accel import spaces
+from dit_accel import spaces, which
 from dit_accel.clock import ARGUMENTS, Moment
+from dit_accel.config import OutputCacheConfig
+from dit_accel.store import sent
 
 PACKED = ("FluxTransformer2DModel",)  # latents in rows of 2 x 2 places, with ids of the rows' places
 UNKNOWN = ((0.5, 0.5),), "flow_prediction"  # levels, where only work is counted
@@ -32,13 +36,16 @@ class InputMerge:
         side: of a cell, in latents.
         grid: rows and columns of tokens.
         packed: whether latents are rows of 2 x 2 places.
+        names: of the transformer's arguments, in order.
+        cells: numbers of the cells whose tokens stay whole, and of the others; None: none stays.
     """
 
     moment: Moment
     side: int
     grid: tuple[int, int]
     packed: bool
-    names: tuple[str, ...] = ()  # of the transformer's arguments, in order
+    names: tuple[str, ...] = ()
+    cells: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def levels(self) -> tuple[float, float]:
@@ -75,6 +82,15 @@ class InputMerge:
             raise ValueError(f"{given[0]} belongs to all tokens, and a step of merged_steps has fewer: leave one of them out.")
         (name, latents), *_ = ((n, kwargs[n]) for n in ("hidden_states", "x") if n in kwargs)
         changed: dict[str, Any] = {name: self.scale * self.pooled(latents)}
+        if self.cells is not None:
+            whole, rest = self.rows_of(self.cells[0]), self.rows_of(self.cells[1])
+            ids = kwargs["img_ids"]
+            means = ids[rest].unflatten(0, (-1, self.side**2)).mean(1)
+            changed = {
+                name: torch.cat([latents[:, whole], changed[name][:, self.cells[1]]], 1),
+                "img_ids": torch.cat([ids[whole], means]),
+            }
+            return (), {**kwargs, **changed}
         for told in ("timestep", "t"):
             if isinstance(old := kwargs.get(told), torch.Tensor):
                 if old.ndim > 1:
@@ -94,12 +110,25 @@ class InputMerge:
         """The output that the scheduler gets of what came out for the small picture."""
         predicts = spaces.IMPLIED[self.moment.predicts or UNKNOWN[1]]
         latents = latents[-len(output) :]
+        if self.cells is not None:
+            count = len(self.cells[0]) * self.side**2
+            pooled = self.pooled(latents)
+            rest = spaces.implied(output[:, count:], self.scale * pooled[:, self.cells[1]], predicts(*self.smaller))
+            small = torch.zeros_like(pooled, dtype=rest.dtype).index_copy(1, self.cells[1], rest)
+            made = spaces.output_of(self.spread(small), latents, predicts(*self.levels))
+            return made.index_copy(1, self.rows_of(self.cells[0]), output[:, :count].to(made.dtype))
         small = spaces.implied(output, self.scale * self.pooled(latents), predicts(*self.smaller))
         return spaces.output_of(self.spread(small), latents, predicts(*self.levels))
 
     def pooled(self, latents: torch.Tensor) -> torch.Tensor:
         picture = self._places(latents, self.grid)
         return self._rows(F.avg_pool2d(picture.flatten(1, -3), self.side).unflatten(1, picture.shape[1:-2]))
+
+    def rows_of(self, cells: torch.Tensor) -> torch.Tensor:
+        """Numbers of the tokens of cells, cell by cell."""
+        width, inside = self.grid[1] // self.side, torch.arange(self.side, device=cells.device)
+        down, across = (cells // width)[:, None, None] * self.side, (cells % width)[:, None, None] * self.side
+        return ((down + inside[:, None]) * self.grid[1] + across + inside).flatten()
 
     def spread(self, picture: torch.Tensor) -> torch.Tensor:
         """Every place of a small picture as a cell of the large one."""
@@ -120,6 +149,25 @@ class InputMerge:
             return places
         parts: torch.Tensor = places.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h, 2, w, 2]
         return torch.flatten(parts.permute(0, 2, 4, 1, 3, 5).flatten(3, 5), 1, 2)
+
+
+def cells_to_keep(
+    config: OutputCacheConfig, picture: torch.Tensor, grid: tuple[int, int], count: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of so many cells whose tokens score highest on average, in all of the batch, and of the others; both ascending.
+
+    Args:
+        picture: what the last output implies, [B, N, C], in place of a layer's tokens.
+        grid: rows and columns of the tokens.
+    """
+    side, (height, width) = config.merged_side, grid
+    noise = torch.rand(1, height * width, generator=torch.Generator().manual_seed(100_003 * config.seed + step))
+    ages = torch.zeros(1, height * width, device=picture.device)
+    where = SimpleNamespace(layer=0, stream="image", step=step)
+    context = which.SelectionContext(picture, ages, sent(noise, picture.device), count * side**2, grid, 0, where)
+    scores = which.scored(which.get(config.selector), config.selector, context, len(picture)).float().mean(0)
+    order = F.avg_pool2d(scores.view(1, height, width), side).flatten().argsort(descending=True)
+    return order[:count].sort().values, order[count:].sort().values
 
 
 def refuse(transformer: Any, latents: Any, grid: tuple[int, int], side: int) -> bool:

@@ -74,6 +74,14 @@ class ModelScope(Engine):
         self.order = UNCONDITIONAL_FIRST if family is None else family.batched_guidance  # of guidance in one batch
         if config.merging and family is None:
             raise TypeError(f"The picture of {name} cannot be merged: its tokens are not described. Leave merged_steps out.")
+        if config.merged_keep:
+            if name not in input_merge.PACKED:
+                raise TypeError(f"The positions of {name} do not allow merged tokens beside whole ones: leave merged_keep out.")
+            if needs := sorted(which.get(config.selector).needs):
+                fitting = ", ".join(one for one in which.selectors() if not which.get(one).needs)
+                raise ValueError(
+                    f"The selector {config.selector!r} needs {', '.join(needs)}, not observed of cells; choose one of {fitting}."
+                )
         if config.compute_ratio:
             if family is None:
                 raise TypeError(f"No tokens of {name} can be selected: its blocks are not described. Set compute_ratio=0.")
@@ -160,8 +168,12 @@ class ModelScope(Engine):
 
     def plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:
         plan = self._plan(branch, moment, call)
-        merged = self.run.merged if plan.mode is Mode.FULL and merges(self.config, moment) else 0
-        return replace(plan, merged=merged) if merged else plan
+        if plan.mode is not Mode.FULL or not merges(self.config, moment):
+            return plan
+        less = self.config.merged_side**2 - 1
+        cells = self.run.merged // less
+        kept = round(self.config.merged_keep * cells) if branch.past.times else 0  # before, nothing is known of the picture
+        return replace(plan, merged=(cells - kept) * less)
 
     def _plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:
         branch.conditional = self._conditional(moment, call)
@@ -196,6 +208,7 @@ class ModelScope(Engine):
         if plan.merged:
             names = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
             merge = InputMerge(self.latest or moment, config.merged_side, self.run.grid, self.run.packed, names)
+            merge = replace(merge, cells=self._cells(merge, plan, branch, call))
             half, shrink = change or (lambda nest: nest), torch.compiler.disable(merge.shrink)
             change = lambda nest: half(shrink(nest))  # noqa: E731
         if plan.rows and self.packed is not None and branch.conditional is None:
@@ -225,6 +238,18 @@ class ModelScope(Engine):
             return tree_unflatten(leaves, branch.spec)
 
         return Todo(instead, change, within, then)
+
+    def _cells(self, merge: InputMerge, plan: StepPlan, branch: Branch, call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Which cells keep their tokens, by the picture that the last full step's output implies now."""
+        kept = (self.run.merged - plan.merged) // (self.config.merged_side**2 - 1)
+        if not kept:
+            return None
+        picture = call.latents
+        if branch.outputs:  # of which a copy that counts FLOPs has none
+            (last, *_) = branch.outputs[0]
+            numbers = spaces.IMPLIED[merge.moment.predicts](*merge.levels)
+            picture = last if self.config.space == "data" else spaces.implied(last, call.latents, numbers)
+        return input_merge.cells_to_keep(self.config, picture, self.run.grid, kept, merge.moment.step)
 
     def _answer(self, plan: StepPlan, branch: Branch, moment: Moment, call: Call, leaves: list[Any]) -> list[Any]:
         """The output's leaves, of those that the model returned, or that were forecast in its place."""

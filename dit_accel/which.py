@@ -225,6 +225,21 @@ def drift(context: SelectionContext) -> torch.Tensor:
     return 1 - torch.cat([F.cosine_similarity(now.float(), last.float(), dim=-1) for now, last in pairs], dim=1)
 
 
+@register_selector("variance")
+def variance(context: SelectionContext) -> torch.Tensor:
+    """Tokens that differ the most from the mean of the 2 x 2 tokens around them: where the picture has detail."""
+    tokens, (height, width), start = context.tokens.float(), context.grid, context.text
+    if context.stream == "text" or start + height * width > tokens.shape[1]:
+        return (tokens - tokens.mean(1, keepdim=True)).square().mean(2)
+    parts = tokens.split([start, height * width, tokens.shape[1] - start - height * width], dim=1)
+    image = parts[1].transpose(1, 2).unflatten(2, (height, width))
+    means = F.avg_pool2d(image, 2, ceil_mode=True, count_include_pad=False)
+    around = means.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :height, :width]
+    own = (image - around).square().mean(1).flatten(1)
+    others = [(part - part.mean(1, keepdim=True)).square().mean(2) for part in parts[::2]]
+    return torch.cat([others[0], own, others[1]], dim=1)
+
+
 @register_selector("diverse")
 def diverse(context: SelectionContext) -> torch.Tensor:
     """A random tenth of the selection, then, in doubling rounds, the tokens least similar to all that are chosen."""

@@ -173,7 +173,8 @@ def search(
     for one in others:  # which differ much: that few prompts like one less says little
         best = one if bench.better(one.config, best.config, SLACK) else best
     every = 1 if best.guided is None else -(-len(best.steps) // len(best.guided))
-    for one in [replace(plain(best.steps, manner, every), run=best.run) for manner in MANNERS]:
+    forecasts = len(best.steps) < (len(best.run) or steps)  # if there are any, in other manners
+    for one in [replace(plain(best.steps, manner, every), run=best.run) for manner in MANNERS if forecasts]:
         best = one if one.cost <= most and bench.better(one.config, best.config, SLACK) else best
     tried, idle = {best}, 0
     while bench.spent - begun < seconds and idle < IDLE:

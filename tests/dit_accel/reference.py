@@ -266,6 +266,17 @@ def stratified(tokens, noise, k, grid, stream, text, **_):
     return score
 
 
+def variance(tokens, grid, stream, text, **_):
+    n = len(tokens)
+    groups = [list(range(n))] if stream == "text" else [list(range(text)), *([text + p for p in tile] for tile in tiles(grid, 2))]
+    score = [0.0] * n
+    for group in groups:
+        for i in group:
+            mean = sum(tokens[j].double() for j in group) / len(group)
+            score[i] = float(((tokens[i].double() - mean) ** 2).mean())
+    return score
+
+
 SCORES = {
     "random": lambda noise, **_: noise,
     "attention": lambda seen, **_: seen["received"],
@@ -276,6 +287,7 @@ SCORES = {
     "similarity": similarity,
     "diverse": diverse,
     "stratified": stratified,
+    "variance": variance,
 }
 
 

@@ -114,7 +114,7 @@ def test_apply_and_runs_warn(tiny_flux, tiny_pixart):
 
 
 def test_what_records_nothing_is_refused(tiny_flux):
-    with pytest.raises(ValueError, match="leave it out with an OutputCacheConfig"):
+    with pytest.raises(ValueError, match="without compute_ratio none are"):
         dit_accel.apply(tiny_flux(), OutputCacheConfig(), record=True)
 
 

@@ -181,6 +181,87 @@ def test_steps_above_a_noise_level_are_merged(name):
         assert torch.equal(call(pipe, steps=6), plain)
 
 
+def kept_by_hand(picture, count):
+    """Of [H, W, C] the cells of 2 x 2 with the largest variance, summed over channels."""
+    height, width = picture.shape[0] // 2, picture.shape[1] // 2
+    spread = {
+        (i, j): picture[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten(0, 1).var(0).sum()
+        for i in range(height)
+        for j in range(width)
+    }
+    return sorted(sorted(spread, key=lambda cell: -spread[cell])[:count])
+
+
+def test_cells_with_detail_keep_their_tokens():
+    """Step 1 of a tiny FLUX, watched from outside: which tokens enter, with which ids and time, and what the pipeline gets."""
+    build, call = PIPELINES["flux"]
+    pipe, seen, got = build(), [], []
+    stock = pipe.transformer.forward
+
+    def watched(**kwargs):
+        output = stock(**kwargs)
+        seen.append((kwargs, output[0].clone()))
+        return output
+
+    pipe.transformer.forward = watched
+    config = OutputCacheConfig(interval=1, merged_steps=2, merged_keep=0.5, selector="variance")
+    with dit_accel.applied(pipe, config):
+        handles = [
+            pipe.transformer.register_forward_pre_hook(lambda m, a, k: got.append([k]), with_kwargs=True),
+            pipe.transformer.register_forward_hook(lambda m, a, output: got[-1].append(output[0])),
+        ]
+        call(pipe, steps=6, height=96, width=64)
+        report = dit_accel.report(pipe)
+        assert [one.merged for one in report.calls[:3]] == [report.grid[0] * report.grid[1] * 3 // 4, 3 * 3, 0]
+    for handle in handles:
+        handle.remove()
+    (height, width), sigma = report.grid, float(pipe.scheduler.sigmas[1])
+    (whole, answer), (given, returned) = got[1], seen[1]
+    x, ids, first = whole["hidden_states"], whole["img_ids"], got[0][1]
+    cells = height // 2 * width // 2 // 2
+    assert cells == 3 and (height, width) == (6, 4)
+    picture = (x - sigma * first)[0]
+    kept = kept_by_hand(picture.view(height, width, -1), cells)
+    rows = [(2 * i + a) * width + 2 * j + b for i, j in kept for a in (0, 1) for b in (0, 1)]
+    rest = [(i, j) for i in range(height // 2) for j in range(width // 2) if (i, j) not in kept]
+    assert given["timestep"].flatten()[0] == whole["timestep"].flatten()[0] and given["hidden_states"].shape[1] == 4 * 3 + 3
+    assert torch.equal(given["hidden_states"][:, :12], x[:, rows]) and torch.equal(given["img_ids"][:12], ids[rows])
+    assert given["img_ids"][12:].tolist() == [[0, 2 * i + 0.5, 2 * j + 0.5] for i, j in rest]
+    assert torch.equal(answer[:, rows], returned[:, :12])
+    # Of a cell that is merged: the means of its latents at their own noise level, and the picture of that in its places.
+    s = sigma / 2 / (1 - sigma + sigma / 2)
+    i, j = rest[0]
+    tokens = [(2 * i + a) * width + 2 * j + b for a in (0, 1) for b in (0, 1)]
+    latents = x[0, tokens].view(2, 2, -1, 2, 2)  # cell's row and column, channel, row and column in the token
+    means = latents.mean((-2, -1)).permute(2, 0, 1).flatten() * (1 - s) / (1 - sigma)
+    assert torch.allclose(given["hidden_states"][0, 12], means, atol=1e-5)
+    small = (means - s * returned[0, 12]).view(-1, 2, 2)
+    for place, token in zip(((0, 0), (0, 1), (1, 0), (1, 1)), tokens, strict=True):
+        expected = (x[0, token].view(-1, 4) - small[:, place[0], place[1]][:, None]) / sigma
+        assert torch.allclose(answer[0, token].view(-1, 4), expected, atol=1e-4)
+
+
+def test_whole_tokens_beside_merged_ones_go_with_everything_else():
+    build, call = PIPELINES["flux"]
+    pipe = build()
+    plain = call(pipe, steps=6)
+    for more in ({"selector": "random"}, {"selector": "similarity", "space": "data"}, {"merged_keep": 1.0}):
+        config = OutputCacheConfig(**{"full_steps": (0, 1, 3, 4), "merged_steps": 4, "merged_keep": 0.4, **more})
+        with dit_accel.applied(pipe, config):
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                found = call(pipe, steps=6)
+            assert found.isfinite().all() and not torch.equal(found, plain)
+            assert sum(dit_accel.report(pipe).flops) == pytest.approx(counter.get_total_flops(), rel=0.01)
+            assert torch.allclose(call(pipe, steps=6), found, atol=1e-3)
+    with dit_accel.applied(pipe, OutputCacheConfig(interval=1, merged_steps=4, merged_keep=1.0)):
+        call(pipe, steps=6)
+        assert [bool(one.merged) for one in dit_accel.report(pipe).calls] == [True, *[False] * 5]
+    with pytest.raises(TypeError, match="positions of PixArtTransformer2DModel"):
+        dit_accel.apply(PIPELINES["pixart"][0](), config)
+    with pytest.raises(ValueError, match="'drift' needs last_tokens"):
+        dit_accel.apply(pipe, OutputCacheConfig(merged_steps=4, merged_keep=0.4, selector="drift"))
+
+
 def test_with_the_forecast_and_with_half_of_the_guidance():
     for name, more in (("flux", {}), ("pixart", {"guidance_steps": 2})):
         build, call = PIPELINES[name]

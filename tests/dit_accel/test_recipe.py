@@ -115,7 +115,9 @@ def test_other_steps_have_the_same_share_of_full_ones_at_like_noise_levels(steps
 
 
 def test_orders_damping_and_guidance_go_with_their_full_steps():
-    own = made(order=(0, 0, 1, 2), damping=(1.0, 1.0, 0.5, 0.25), guidance_steps=(0, 2), merged_steps=(0, 1), lead=(0, 0.1, 0.2, 0.3))
+    own = made(
+        order=(0, 0, 1, 2), damping=(1.0, 1.0, 0.5, 0.25), guidance_steps=(0, 2), merged_steps=(0, 1), lead=(0, 0.1, 0.2, 0.3)
+    )
     twice = own.at([1 - i / 16 for i in range(16)])
     assert len(twice.full_steps) == 8
     assert twice.order == (0, 0, 0, 0, 1, 1, 2, 2) and twice.damping == (1, 1, 1, 1, 0.5, 0.5, 0.25, 0.25)

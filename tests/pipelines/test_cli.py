@@ -301,6 +301,7 @@ OPTIONS = [  # each set can be given at once
     )),
     ("output", dict(sampler_steps=[0, 0.25, 0.4, 0.8], full_steps=[0, 2], correct=0.5, space="data")),
     ("output", dict(full_steps=[0, 1, 2], merged_steps=[0, 1], merged_side=2)),
+    ("output", dict(full_steps=[0, 1, 2], lead=[0.0, 0.1, -0.2], merged_above=0.3, merged_keep=0.5, selector="variance")),
 ]  # fmt: skip
 
 
