@@ -39,6 +39,7 @@ app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 ROOT = Path(__file__).parent.parent
 PIPELINES, SPEEDS = ["emoji-flux", "emoji-pixart"], (2, 3, 4, 6)
 SCORES = ("emoji-reward", "judge", "judge:detail")
+KEPT = (2, 4)  # speeds at which some cells keep their tokens, too
 PROMPTS = read_prompt_set(ROOT / "eval" / "specs" / "compression.txt")
 Output = typer.Option(ROOT / "docs" / "data" / "input-merge.json", help="File of the measurements.")
 MARKS = "<!-- made by benchmarks/input_merge.py page -->", "<!-- end -->"
@@ -52,7 +53,12 @@ def settings(name: str) -> list[tuple[str, Any, float]]:
             full = one.config.full_steps or ()
             for merged in sorted({0, 1, (len(full) + 1) // 2, len(full) - 1}):
                 config = replace(one.config, merged_steps=full[:merged] or None)
-                found.append((f"recipe for {one.speedup:g}x, {merged} of {len(full)} full steps merged", config, 1.0))
+                label = f"recipe for {one.speedup:g}x, {merged} of {len(full)} full steps merged"
+                found.append((label, config, 1.0))
+                if "flux" in name and one.speedup in KEPT and merged == (len(full) + 1) // 2:  # whole tokens beside merged ones
+                    for share, selector in ((0.25, "variance"), (0.5, "variance"), (0.25, "random")):
+                        kept = replace(config, merged_keep=share, selector=selector)
+                        found.append((f"{label}, {share:.0%} of the cells kept by {selector}", kept, 1.0))
     merging: Any = TokenMergeConfig(ratio=0.5, merge_cross_attention="pixart" in name, merge_mlp=True)
     return [*found, ("ToMe-SD, half of the tokens merged in every module", merging, 1.0), ("half the side, enlarged", None, 0.5)]
 

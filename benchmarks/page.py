@@ -26,16 +26,19 @@ from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell
 from width import flux_dev, summary
 
 from dit_accel.eval.drawing import COLORS, MARKERS, style
+from dit_accel.eval.fidelity import decibels
 from dit_accel.eval.statistics import MANY, compare, mean_interval, per_prompt
+from dit_accel.eval.statistics import paired as paired_values
 from dit_accel.eval.summary import summarize
 from dit_accel.pipelines.pictures import write_atomically
 from dit_accel.pipelines.tuning.search import BEST
 from dit_accel.recipe import SHIPPED
 
 HERE = Path(__file__).parent
-RECORDS = ("startup", "overhead", "growth", "width", "memory")
+RECORDS = ("startup", "overhead", "growth", "width", "memory", "quantized", "quantized-width")
 MARGIN = 0.1  # of non-inferiority, declared beforehand; as in docs/selectors.md
 BLOCKS = {"flux": "{} double and {} single blocks of FLUX", "pixart": "{} blocks of PixArt-XL"}
+MARKS = "<!-- made by benchmarks/page.py -->", "<!-- end -->"
 MAKERS = {"stock": "fewer steps", "dit-accel": "dit-accel", "diffusers": "diffusers", "cache-dit": "cache-dit"}
 
 
@@ -245,6 +248,49 @@ def spans(rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float, floa
     return {size: (min(seconds), max(seconds)) for size, seconds in found.items()}
 
 
+def summary_for_readme(qualities: list[Quality]) -> str:
+    """The table of the README: at every speed ours, and the best of all others."""
+    lines = [
+        "| | at least | dit-accel | closest of the others | score: dit-accel | best of the others |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for quality in qualities:
+        for close, best in zip(quality.bests["decibels"], quality.bests["score"], strict=True):
+            if "against" in close:
+                ours, rival, theirs = close["ours"], close["rival"], best["rival"]
+                cells = [quality.name, f"{close['target']:g}x", f"{ours['speedup']:.2f}x, {ours['decibels']:.1f} dB"]
+                cells.append(f"{maker(rival)}: {rival['decibels']:.1f} dB ({verdict(close['against'], 'decibels')})")
+                cells.append(f"{best['ours']['score']:.2f}")
+                cells.append(f"{maker(theirs)}: {theirs['score']:.2f} ({verdict(best['against'], 'score')})")
+                lines.append(f"| {' | '.join(cells)} |")
+    counts = ", ".join(f"{quality.name} {quality.more or quality.pictures}" for quality in qualities)
+    about = f"*{counts}; in parentheses what the 95 % interval of the paired difference says of ours.*"
+    return "\n".join([MARKS[0], "", *lines, "", about, "", MARKS[1]])
+
+
+def maker(row: Any) -> str:
+    """A method's name and whose it is, without its setting."""
+    return "fewer steps" if row["by"] == "stock" else f"{row['label'].partition(',')[0]} ({row['by']})"
+
+
+def quantized_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a pipeline, kind of numbers and speed: mean PSNR to float32, what it were if squared errors added up, that to the
+    pipeline's own numbers, and the paired difference of the score to float32, uncached."""
+    found, table = [], pd.DataFrame(rows)
+    for name, some in table.groupby("pipeline", sort=False):
+        columns = ["numbers", "speed"]
+        errors, own, scores = (some.pivot(index="prompt", columns=columns, values=v) for v in ("to_float32", "to_its_own", SCORE))
+        for numbers, speed in errors.columns:
+            if (numbers, speed) == ("float32", 1.0):
+                continue
+            both = errors[numbers, 1.0] + errors["float32", speed]
+            near = {"psnr": errors[numbers, speed], "added": both, "own": own[numbers, speed]}
+            row: dict[str, Any] = {"pipeline": name, "numbers": numbers, "speed": speed, "prompts": len(errors)}
+            row |= {key: mean_interval([min(BEST, decibels(value)) for value in values]) for key, values in near.items()}
+            found.append(row | {"score": paired_values(scores[numbers, speed] - scores["float32", 1.0])})
+    return found
+
+
 def largest_last(held: dict[str, tuple[str, float]]) -> list[tuple[str, str, float]]:
     return sorted(((name, by, size) for name, (by, size) in held.items()), key=lambda row: row[2])
 
@@ -277,6 +323,7 @@ def render(records: Path) -> tuple[str, dict[str, Any], list[Quality]]:
         units={row["model"]: BLOCKS[row["model"]].format(row["units"], 2 * row["units"]) for row in wide},
         flux_dev=largest_last(flux_dev(found["memory"]["rows"])) if "memory" in found else [],
         overhead=overhead_rows(found["overhead"]["rows"]) if "overhead" in found else [],
+        quantized=quantized_rows(found["quantized"]["rows"]) if "quantized" in found else [],
         growth=growth_rows(found["growth"]["rows"]) if "growth" in found else [],
         tokens=sorted({row["tokens"] for row in found["growth"]["rows"]}) if "growth" in found else [],
     )
@@ -300,6 +347,9 @@ def main(
     if "growth" in found:
         draw(found["growth"]["rows"], docs / "figures" / "benchmarks-growth.png")
     write_atomically(docs / "benchmarks.md", text.encode())
+    if (readme := docs.parent / "README.md").exists() and MARKS[0] in readme.read_text(encoding="utf-8"):
+        before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
+        write_atomically(readme, (before + summary_for_readme(qualities) + rest.split(MARKS[1], 1)[1]).encode())
     typer.echo(f"{docs / 'benchmarks.md'}")
 
 

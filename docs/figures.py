@@ -1,4 +1,4 @@
-"""Draws the figures of token-caching.md from real runs of the embedded pipelines: python docs/figures.py
+"""Draws the figures of token-caching.md and the strip of the README from runs of the embedded pipelines: python docs/figures.py
 
 Needs matplotlib (pip install -e ".[eval]").
 """
@@ -6,26 +6,30 @@ Needs matplotlib (pip install -e ".[eval]").
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 import dit_accel
 from dit_accel import TokenCacheConfig
-from dit_accel.pipelines.generation import denoise, settings_for
+from dit_accel.pipelines.generation import Picture, denoise, settings_for, switched
 from dit_accel.pipelines.inspection import draw, usable
 from dit_accel.pipelines.loading import load
-from dit_accel.pipelines.pictures import write_atomically
+from dit_accel.pipelines.pictures import png, psnr, psnr_text, side_by_side, write_atomically
 from dit_accel.pipelines.terminal import err, quiet
 from dit_accel.when import Mode
 
 FIGURES = Path(__file__).parent / "figures"
 PROMPT, LAYER = "tiger face, flat style", 1
+STRIP = ("tiger face, flat style", "red apple right of key, 3d style", "owl, cartoon style, on a blue background")
+SPEEDS, ROUNDS = (1, 2, 3, 4), 3
 KINDS = {"in full": "#31446b", "selected": "#f28e2b", "from the cache": "#e9ecf1"}
 SHOWN = {
     "random, age weight 0": TokenCacheConfig(selector="random", age_weight=0.0),
@@ -75,9 +79,32 @@ def places(name: str) -> None:
     made.rmdir()
 
 
+def strip() -> None:
+    """The same pictures in full and by the recipes for 2x, 3x and 4x, with what they took, in turns, and how like they are."""
+    torch.set_num_threads(1)
+    pipe = load("emoji-flux", "float32")
+    settings, panels = settings_for(pipe, "emoji-flux"), []
+    for seed, prompt in enumerate(STRIP):
+        made: dict[int, list[Picture]] = {}
+        for speed in SPEEDS * ROUNDS:
+            with switched(pipe, None):
+                if speed > 1:
+                    dit_accel.apply(pipe, speedup=speed)
+                made.setdefault(speed, []).append(denoise(pipe, [(prompt, seed)], settings, lambda: None, applied=False)[0])
+        seconds = {speed: median(one.denoising_seconds for one in some) for speed, some in made.items()}
+        full = made[1][0].image
+        for speed in SPEEDS:
+            took, image = f"{seconds[speed]:.2f} s", made[speed][0].image
+            likeness = f"{seconds[1] / seconds[speed]:.2f}x, {psnr_text(psnr(full, image))}"
+            panels.append((image, [f"speedup={speed}: {took}", likeness] if speed > 1 else [f"uncached: {took}", prompt]))
+    heading = "emoji-flux, dit_accel.apply(pipe, speedup=N): seconds of denoising on one CPU core, and PSNR to the uncached picture"
+    write_atomically(FIGURES / "strip.png", png(side_by_side(heading, panels, columns=len(SPEEDS)), {}))
+
+
 if __name__ == "__main__":
     quiet()
     FIGURES.mkdir(exist_ok=True)
+    strip()
     steps()
     for embedded in ("emoji-flux", "emoji-pixart"):
         places(embedded)

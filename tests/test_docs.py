@@ -42,7 +42,8 @@ def test_the_example_of_flux_dev_runs(tiny_flux, monkeypatch, capsys, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/tiny.json").write_text(json.dumps(recipes))
     monkeypatch.setenv("DIT_ACCEL_RECIPES", str(tmp_path / "recipes"))
-    (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    first, code = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert all(line.partition("  #")[0] in code.splitlines() for line in first.splitlines()), "two lines of it"
     best = CATALOG["black-forest-labs/FLUX.1-dev"]
     run, loaded, placed = FluxPipeline.__call__, [], []
     monkeypatch.setattr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from page import overhead_rows, render, spans, verdicts  # noqa: E402
+from page import overhead_rows, quantized_rows, render, spans, summary_for_readme, verdicts  # noqa: E402
 from quality import chosen  # noqa: E402
 from width import extrapolated, flux_dev, summary  # noqa: E402
 
@@ -20,6 +21,11 @@ from width import extrapolated, flux_dev, summary  # noqa: E402
 def test_the_page_is_what_the_records_give():
     """No number of it was typed by hand, and none is of an earlier record."""
     assert render(ROOT / "docs" / "data" / "benchmarks")[0] == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_table_of_the_readme_is_what_the_records_give():
+    readme = (ROOT / "README.md").read_text()
+    assert summary_for_readme(render(ROOT / "docs" / "data" / "benchmarks")[2]) in readme
 
 
 def test_the_page_names_the_interval_that_is_used(tmp_path):
@@ -99,6 +105,22 @@ def test_loops_that_left_nothing_out_say_how_far_times_differ_by_themselves():
     rows = [row("cache", 2.0, 500), row("idle cache", 8.0, 999), row("full", 9.0, 1000), row("full", 10.0, 1000)]
     rows += [row("full", 3.0, 400, pixels=256)]
     assert spans(rows) == {("flux", 512): (8.0, 10.0), ("flux", 256): (3.0, 3.0)}
+
+
+def test_losses_that_add_up_are_sums_of_squared_errors():
+    """By hand: int8 alone is off by 1e-4, the recipe alone by 3e-4, both by 9e-4, and by 5e-4 from the picture of int8 alone."""
+    errors = {("float32", 1.0): (0, 0), ("float32", 3.0): (3e-4, 3e-4), ("int8", 1.0): (1e-4, 0), ("int8", 3.0): (9e-4, 5e-4)}
+    rows = [
+        {"pipeline": "p", "prompt": prompt, "numbers": n, "speed": speed, "to_float32": far, "to_its_own": own}
+        | {"emoji-reward": 1.0 - 100 * far + 0.001 * i * (n == "int8")}
+        for i, prompt in enumerate("abcdef")
+        for (n, speed), (far, own) in errors.items()
+    ]
+    found = {(row["numbers"], row["speed"]): row for row in quantized_rows(rows)}
+    assert set(found) == set(errors) - {("float32", 1.0)}
+    both = found["int8", 3.0]
+    assert both["psnr"].mean == pytest.approx(-10 * math.log10(9e-4)) and both["own"].mean == pytest.approx(-10 * math.log10(5e-4))
+    assert both["added"].mean == pytest.approx(-10 * math.log10(4e-4)) and both["score"].mean == pytest.approx(-0.0875)
 
 
 def test_verdicts_are_those_of_the_intervals_and_of_speeds_that_both_reach():
