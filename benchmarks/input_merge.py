@@ -21,15 +21,16 @@ import torch
 import typer
 from PIL import Image
 from rich.progress import track
+from width import build, run
 
 import dit_accel
-from dit_accel import TokenMergeConfig, recipe
+from dit_accel import OutputCacheConfig, TokenMergeConfig, recipe
 from dit_accel.eval.fidelity import decibels, squared_error
 from dit_accel.eval.prompt_sets import read_prompt_set
 from dit_accel.eval.rewards import load_reward
 from dit_accel.eval.spec import noise_seed
 from dit_accel.eval.statistics import mean_interval, paired
-from dit_accel.pipelines.generation import denoise, settings_for, switched
+from dit_accel.pipelines.generation import DenoisingClock, denoise, settings_for, switched
 from dit_accel.pipelines.loading import load
 from dit_accel.pipelines.pictures import write_atomically
 from dit_accel.pipelines.terminal import quiet
@@ -40,6 +41,12 @@ ROOT = Path(__file__).parent.parent
 PIPELINES, SPEEDS = ["emoji-flux", "emoji-pixart"], (2, 3, 4, 6)
 SCORES = ("emoji-reward", "judge", "judge:detail")
 KEPT = (2, 4)  # speeds at which some cells keep their tokens, too
+STEPS: dict[str, dict[str, Any]] = {
+    "all cells merged": {},
+    "all cells of 4 x 4 merged": {"merged_side": 4},
+    "a quarter of the cells kept": {"merged_keep": 0.25, "selector": "variance"},
+    "half of the cells kept": {"merged_keep": 0.5, "selector": "variance"},
+}
 PROMPTS = read_prompt_set(ROOT / "eval" / "specs" / "compression.txt")
 Output = typer.Option(ROOT / "docs" / "data" / "input-merge.json", help="File of the measurements.")
 MARKS = "<!-- made by benchmarks/input_merge.py page -->", "<!-- end -->"
@@ -101,9 +108,45 @@ def measure(
             recording.save(output, rows)
 
 
+@app.command()
+def width(
+    pixels: list[int] = typer.Option([512, 1024], help="Side of the picture; may be repeated: 1,024 and 4,096 tokens."),
+    rounds: int = typer.Option(3, min=1, help="Runs of each kind of step, in turn."),
+    output: Path = typer.Option(ROOT / "docs" / "data" / "input-merge-width.json", help="File of the measurements."),
+) -> None:
+    """Time merged steps against full ones at FLUX's width: one double and two single blocks with random weights."""
+    quiet()
+    pipe, rows = build("flux", 1, torch.bfloat16, "cpu"), recording.rows_of(output)
+    for side in pixels:
+        for number in track(range(rounds), description=f"{side} px"):
+            if any(row["pixels"] == side and row["round"] == number for row in rows):
+                continue
+            for label, more in random.Random(number).sample(list(STEPS.items()), len(STEPS)):
+                config = OutputCacheConfig(interval=1, merged_steps=(1,), **more)
+                with switched(pipe, config), DenoisingClock(pipe) as clock:
+                    run(pipe, side, 3)
+                taken = [end - start for start, end in zip(clock.begun, clock.ended, strict=True)]
+                report = dit_accel.report(pipe)
+                row = {"pixels": side, "tokens": report.grid[0] * report.grid[1], "round": number, "step": label}
+                row |= {"seconds": taken[1], "full": taken[2], "flops": report.flops[2] / report.flops[1]}
+                rows.append(row)
+            recording.save(output, rows)
+
+
 def none(value: float) -> float | None:
     """A number, or None for NaN, which JSON has not."""
     return None if math.isnan(value) else float(value)
+
+
+def width_table(rows: pd.DataFrame) -> list[str]:
+    """In Markdown."""
+    lines = ["| tokens | step | a full step, s | this one, s | times as fast | by FLOPs |", "| --- | --- | --- | --- | --- | --- |"]
+    for (tokens, step), some in rows.groupby(["tokens", "step"], sort=True):
+        ratio = (some["full"] / some["seconds"]).median()
+        cells = [f"{tokens:,}", str(step), f"{some['full'].median():.1f}", f"{some['seconds'].median():.1f}", f"{ratio:.2f}"]
+        cells.append(f"{some['flops'].median():.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def table(rows: pd.DataFrame, order: list[str]) -> list[str]:
@@ -132,6 +175,9 @@ def page(output: Path = Output, path: Path = typer.Option(ROOT / "docs" / "model
     for name, some in rows.groupby("pipeline", sort=False):
         about = f"{name}, {some['prompt'].nunique()} prompts of eval/specs/compression.txt, one seed each:"
         lines += ["", about, "", *table(some, [label for label, _, _ in settings(str(name))])]
+    if (wide := output.with_name("input-merge-width.json")).exists():
+        lines += ["", "At FLUX.1's width, one double and two single blocks with random weights, bfloat16:", ""]
+        lines += width_table(pd.DataFrame(recording.rows_of(wide)))
     before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
     write_atomically(path, (before + "\n".join(lines) + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]).encode())
 
