@@ -32,7 +32,6 @@ from dit_accel.eval.spec import noise_seed
 from dit_accel.eval.statistics import mean_interval, paired
 from dit_accel.pipelines.generation import DenoisingClock, denoise, settings_for, switched
 from dit_accel.pipelines.loading import load
-from dit_accel.pipelines.pictures import write_atomically
 from dit_accel.pipelines.terminal import quiet
 from dit_accel.pipelines.tuning.search import BEST
 
@@ -49,7 +48,6 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 PROMPTS = read_prompt_set(ROOT / "eval" / "specs" / "compression.txt")
 Output = typer.Option(ROOT / "docs" / "data" / "input-merge.json", help="File of the measurements.")
-MARKS = "<!-- made by benchmarks/input_merge.py page -->", "<!-- end -->"
 
 
 def settings(name: str) -> list[tuple[str, Any, float]]:
@@ -171,15 +169,14 @@ def table(rows: pd.DataFrame, order: list[str]) -> list[str]:
 @app.command()
 def page(output: Path = Output, path: Path = typer.Option(ROOT / "docs" / "model-scope.md", help="The page.")) -> None:
     """Renew the tables between the marks."""
-    rows, lines = pd.DataFrame(recording.rows_of(output)), [MARKS[0]]
+    rows, lines = pd.DataFrame(recording.rows_of(output)), list[str]()
     for name, some in rows.groupby("pipeline", sort=False):
         about = f"{name}, {some['prompt'].nunique()} prompts of eval/specs/compression.txt, one seed each:"
         lines += ["", about, "", *table(some, [label for label, _, _ in settings(str(name))])]
     if (wide := output.with_name("input-merge-width.json")).exists():
         lines += ["", "At FLUX.1's width, one double and two single blocks with random weights, bfloat16:", ""]
         lines += width_table(pd.DataFrame(recording.rows_of(wide)))
-    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
-    write_atomically(path, (before + "\n".join(lines) + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]).encode())
+    recording.renew(path, "benchmarks/input_merge.py page", lines[1:])
 
 
 if __name__ == "__main__":

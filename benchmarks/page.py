@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+import recording
 import typer
 from growth import draw
 from matplotlib.figure import Figure
@@ -38,7 +39,6 @@ HERE = Path(__file__).parent
 RECORDS = ("startup", "overhead", "growth", "width", "memory", "quantized", "quantized-width")
 MARGIN = 0.1  # of non-inferiority, declared beforehand; as in docs/selectors.md
 BLOCKS = {"flux": "{} double and {} single blocks of FLUX", "pixart": "{} blocks of PixArt-XL"}
-MARKS = "<!-- made by benchmarks/page.py -->", "<!-- end -->"
 MAKERS = {"stock": "fewer steps", "dit-accel": "dit-accel", "diffusers": "diffusers", "cache-dit": "cache-dit"}
 
 
@@ -61,7 +61,8 @@ class Quality:
         }
         self.times = pd.DataFrame(self.seconds["rows"]).assign(error=None, comparable=True, cache_bytes=None)
         every, some = by_all(self.rows), by_all(leaders(self.rows))
-        self.table, self.leaders = self.summary(every, names), self.summary(some, names)
+        self.table = self.summary(every, names)
+        self.leaders = self.summary(some, names) if len(some) > len(every) else self.table
         self.values = {"score": per_prompt(some, SCORE), "psnr": -per_prompt(some, "squared_error")}
         self.values["decibels"] = per_prompt(some.assign(psnr=some["psnr"].clip(upper=BEST)), "psnr")
         self.bests = {value: self.best(value, self.leaders) for value in self.values}
@@ -248,7 +249,7 @@ def spans(rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float, floa
     return {size: (min(seconds), max(seconds)) for size, seconds in found.items()}
 
 
-def summary_for_readme(qualities: list[Quality]) -> str:
+def summary_for_readme(qualities: list[Quality]) -> list[str]:
     """The table of the README: at every speed ours, and the best of all others."""
     lines = [
         "| | at least | dit-accel | closest of the others | score: dit-accel | best of the others |",
@@ -265,7 +266,7 @@ def summary_for_readme(qualities: list[Quality]) -> str:
                 lines.append(f"| {' | '.join(cells)} |")
     counts = ", ".join(f"{quality.name} {quality.more or quality.pictures}" for quality in qualities)
     about = f"*{counts}; in parentheses what the 95 % interval of the paired difference says of ours.*"
-    return "\n".join([MARKS[0], "", *lines, "", about, "", MARKS[1]])
+    return [*lines, "", about]
 
 
 def maker(row: Any) -> str:
@@ -347,9 +348,8 @@ def main(
     if "growth" in found:
         draw(found["growth"]["rows"], docs / "figures" / "benchmarks-growth.png")
     write_atomically(docs / "benchmarks.md", text.encode())
-    if (readme := docs.parent / "README.md").exists() and MARKS[0] in readme.read_text(encoding="utf-8"):
-        before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
-        write_atomically(readme, (before + summary_for_readme(qualities) + rest.split(MARKS[1], 1)[1]).encode())
+    if (readme := docs.parent / "README.md").exists():
+        recording.renew(readme, "benchmarks/page.py", summary_for_readme(qualities))
     typer.echo(f"{docs / 'benchmarks.md'}")
 
 

@@ -50,3 +50,11 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a record, none if there is no record yet."""
     return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def renew(page: Path, maker: str, lines: list[str]) -> None:
+    """Put lines where a page has what a script of this name made before, between its marks; a page without them stays as it is."""
+    text, begin, end = page.read_text(encoding="utf-8"), f"<!-- made by {maker} -->", "<!-- end -->"
+    if begin in text:
+        before, rest = text.split(begin)
+        write_atomically(page, (before + "\n".join([begin, "", *lines, "", end]) + rest.split(end, 1)[1]).encode())

@@ -15,17 +15,32 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from page import overhead_rows, quantized_rows, render, spans, summary_for_readme, verdicts  # noqa: E402
 from quality import chosen  # noqa: E402
+from recording import renew  # noqa: E402
 from width import extrapolated, flux_dev, summary  # noqa: E402
 
 
-def test_the_page_is_what_the_records_give():
+@pytest.fixture(scope="module")
+def rendered():
+    return render(ROOT / "docs" / "data" / "benchmarks")
+
+
+def test_the_page_is_what_the_records_give(rendered):
     """No number of it was typed by hand, and none is of an earlier record."""
-    assert render(ROOT / "docs" / "data" / "benchmarks")[0] == (ROOT / "docs" / "benchmarks.md").read_text()
+    assert rendered[0] == (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-def test_the_table_of_the_readme_is_what_the_records_give():
-    readme = (ROOT / "README.md").read_text()
-    assert summary_for_readme(render(ROOT / "docs" / "data" / "benchmarks")[2]) in readme
+def test_the_table_of_the_readme_is_what_the_records_give(rendered):
+    assert "\n".join(summary_for_readme(rendered[2])) in (ROOT / "README.md").read_text()
+
+
+def test_only_what_lies_between_the_marks_is_renewed(tmp_path):
+    page = tmp_path / "page.md"
+    other, ends = "<!-- made by b -->\nkept\n<!-- end -->\n", "<!-- made by a -->\n\n{}\n\n<!-- end -->\nafter <!-- end -->\n"
+    page.write_text(other + ends.format("old"))
+    renew(page, "a", ["new", "lines"])
+    assert page.read_text() == other + ends.format("new\nlines")
+    renew(page, "c", ["nothing"])
+    assert "nothing" not in page.read_text()
 
 
 def test_the_page_names_the_interval_that_is_used(tmp_path):
@@ -111,7 +126,7 @@ def test_losses_that_add_up_are_sums_of_squared_errors():
     """By hand: int8 alone is off by 1e-4, the recipe alone by 3e-4, both by 9e-4, and by 5e-4 from the picture of int8 alone."""
     errors = {("float32", 1.0): (0, 0), ("float32", 3.0): (3e-4, 3e-4), ("int8", 1.0): (1e-4, 0), ("int8", 3.0): (9e-4, 5e-4)}
     rows = [
-        {"pipeline": "p", "prompt": prompt, "numbers": n, "speed": speed, "to_float32": far, "to_its_own": own}
+        {"pipeline": "p", "prompt": prompt, "numbers": n, "speed": speed, "to_float32": far * 255**2, "to_its_own": own * 255**2}
         | {"emoji-reward": 1.0 - 100 * far + 0.001 * i * (n == "int8")}
         for i, prompt in enumerate("abcdef")
         for (n, speed), (far, own) in errors.items()
