@@ -85,10 +85,10 @@ class InputMerge:
         if self.cells is not None:
             whole, rest = self.rows_of(self.cells[0]), self.rows_of(self.cells[1])
             ids = kwargs["img_ids"]
-            means = ids[rest].unflatten(0, (-1, self.side**2)).mean(1)
+            means = ids[..., rest, :].unflatten(-2, (-1, self.side**2)).mean(-2)
             changed = {
                 name: torch.cat([latents[:, whole], changed[name][:, self.cells[1]]], 1),
-                "img_ids": torch.cat([ids[whole], means]),
+                "img_ids": torch.cat([ids[..., whole, :], means], -2),
             }
             return (), {**kwargs, **changed}
         for told in ("timestep", "t"):

@@ -182,8 +182,10 @@ def labels_apart(
     """
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
     moves = []
-    turns = np.pi * np.array([0.25, 0.75, 1.75, 1.25, 0.5, 1.5, 0.0, 1.0])
-    choices = [(reach * np.cos(turn), reach * np.sin(turn)) for reach in (10, 15, 21, 28, 36, 45) for turn in turns]
+    turns = np.pi * np.array([0.25, 0.75, 1.75, 1.25, 0.5, 1.5, 0.0, 1.0, 0.125, 0.375, 0.625, 0.875, 1.125, 1.375, 1.625, 1.875])
+    choices = [
+        (reach * np.cos(turn), reach * np.sin(turn)) for reach in (10, 15, 21, 28, 36, 45, 56, 70, 88, 110) for turn in turns
+    ]
     for (x, y), text in zip(places, texts, strict=True):
         wide = 3.2 * len(text) + 0.5
 

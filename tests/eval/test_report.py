@@ -540,6 +540,22 @@ def test_labels_keep_apart() -> None:
             )
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_labels_of_48_methods_keep_apart_where_most_of_them_crowd(seed: int) -> None:
+    """Most methods score about as the uncached pipeline does. No label covers a label or a point, and none leaves the frame."""
+    rng = np.random.default_rng(seed)
+    high = np.where(rng.random(48) < 0.6, rng.uniform(200, 235, 48), rng.uniform(50, 235, 48))
+    places, frame = np.column_stack([rng.uniform(60, 290, 48), high]), np.array([40.0, 40.0, 300.0, 240.0])
+    texts = [str(i) for i in range(48)]
+    centers = places + np.array(drawing.labels_apart(places, texts, frame, []))
+    half = np.array([[3.2 * len(text), 4.9] for text in texts])
+    assert (centers - half >= frame[:2]).all() and (centers + half <= frame[2:]).all()
+    for i in range(48):
+        others = np.delete(np.arange(48), i)
+        assert (np.abs(centers[others] - centers[i]) >= half[others] + half[i]).any(axis=1).all()
+        assert (np.abs(places - centers[i]) >= half[i] + 4).any(axis=1).all()
+
+
 def test_intervals_that_an_axis_cuts_are_marked(run: Path) -> None:
     """Bars that reach far beyond all points are cut by the axis: an arrowhead at its limit points to where they go on."""
     number = dict(pipeline="p", kind="method", comparable=True, pareto=False, seconds_low=math.nan, seconds_high=math.nan)
