@@ -23,7 +23,7 @@ from growth import draw
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from peers import WITHOUT
-from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell
+from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell, by_all
 from width import flux_dev, summary
 
 from dit_accel.eval.drawing import COLORS, MARKERS, style
@@ -37,6 +37,7 @@ from dit_accel.recipe import SHIPPED
 
 HERE = Path(__file__).parent
 RECORDS = ("startup", "overhead", "growth", "width", "memory", "quantized", "quantized-width")
+NEAR = 0.12  # share by which speeds may differ that are compared in a row
 MARGIN = 0.1  # of non-inferiority, declared beforehand; as in docs/selectors.md
 BLOCKS = {"flux": "{} double and {} single blocks of FLUX", "pixart": "{} blocks of PixArt-XL"}
 MAKERS = {"stock": "fewer steps", "dit-accel": "dit-accel", "diffusers": "diffusers", "cache-dit": "cache-dit"}
@@ -142,12 +143,6 @@ class Quality:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", fontsize=8, handlelength=3)
         return figure
-
-
-def by_all(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of prompts and seeds that every method in them made a picture of."""
-    methods = rows["method"].nunique()
-    return rows.groupby(["prompt", "seed"]).filter(lambda some: len(some) == methods)
 
 
 def leaders(rows: pd.DataFrame) -> pd.DataFrame:
@@ -269,6 +264,39 @@ def summary_for_readme(qualities: list[Quality]) -> list[str]:
     return [*lines, "", about]
 
 
+def recipe_tables(qualities: list[Quality]) -> list[str]:
+    """The tables of docs/recipes.md: what was measured of the recipes that ship, and fewer steps at the speed nearest to each."""
+    lines = []
+    for quality in qualities:
+        content = json.loads((SHIPPED / f"{quality.name}.json").read_text())
+        plain = quality.leaders[quality.leaders["kind"] == "fewer steps"]
+        heads = [
+            f"{quality.name}, asked",
+            "measured",
+            "full steps",
+            "PSNR, dB",
+            "score beside the uncached",
+            "pictures",
+            "fewer steps, dB",
+        ]
+        lines += ["", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+        for one in content["recipes"]:
+            measured, steps = one["measured"], one["config"].get("sampler_steps", len(content["levels"]))
+            mean, low, high = measured["psnr"]
+            cells = [f"{one['speedup']:g}x", f"{measured['seconds']:.2f}x"]
+            cells.append(f"{len(one['config']['full_steps'])} of {steps if isinstance(steps, int) else len(steps)}")
+            cells.append(f"{mean:.1f} ({low:.1f} to {high:.1f})")
+            label = Cell("recipe", {"speedup": one["speedup"]}).label
+            own = quality.leaders.loc[label] if label in quality.leaders.index else None
+            cells.append("" if own is None else f"{own['difference']:+.3f} ({own['low']:+.3f} to {own['high']:+.3f})")
+            cells.append(str(measured.get("pictures", content["measured"]["pictures"])))
+            near = plain.iloc[(plain["speedup"] - measured["seconds"]).abs().argmin()]
+            known = abs(near["speedup"] / measured["seconds"] - 1) < NEAR
+            cells.append(f"{near['decibels']:.1f} at {near['speedup']:.2f}x" if known else "")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines[1:]
+
+
 def maker(row: Any) -> str:
     """A method's name and whose it is, without its setting."""
     return "fewer steps" if row["by"] == "stock" else f"{row['label'].partition(',')[0]} ({row['by']})"
@@ -350,6 +378,8 @@ def main(
     write_atomically(docs / "benchmarks.md", text.encode())
     if (readme := docs.parent / "README.md").exists():
         recording.renew(readme, "benchmarks/page.py", summary_for_readme(qualities))
+    if (recipes := docs / "recipes.md").exists():
+        recording.renew(recipes, "benchmarks/page.py", recipe_tables(qualities))
     typer.echo(f"{docs / 'benchmarks.md'}")
 
 

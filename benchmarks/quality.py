@@ -250,7 +250,7 @@ def pictures(
 def leading(folder: Path, count: int) -> set[str]:
     """Of the others, the best at every speed on the pictures that are made of all: by score, mean PSNR, or mean squared error."""
     rows = pd.concat([pd.read_parquet(path) for path in sorted((folder / "pictures").glob("*-0.parquet"))], ignore_index=True)
-    rows = rows.groupby("prompt").filter(lambda some: len(some) == rows["method"].nunique())
+    rows = by_all(rows)
     times = pd.DataFrame(recording.rows_of(folder / "seconds.json")).pivot_table("denoising_seconds", "round", "method")
     speeds = times[[FULL]].to_numpy() / times
     own = {cell.label for cell in cells_to_compare(folder) if METHODS[cell.name].by == "dit-accel"} | {FULL}
@@ -289,7 +289,8 @@ def recipes(
 ) -> None:
     """Write what came out into the recipes that ship."""
     for name in pipelines:
-        table = pd.concat([pd.read_parquet(path) for path in sorted((output / name / "pictures").glob("recipe*.parquet"))])
+        parts = [pd.read_parquet(path) for path in sorted((output / name / "pictures").glob("recipe*.parquet"))]
+        table = by_all(pd.concat(parts, ignore_index=True))
         times = pd.DataFrame(recording.rows_of(output / name / "seconds.json"))
         values = {"psnr": per_prompt(table.assign(psnr=table["psnr"].clip(upper=BEST)), "psnr")}
         values |= {"ssim": per_prompt(table, "ssim"), "score": per_prompt(table, SCORE)}
@@ -311,6 +312,12 @@ def recipes(
                 one["measured"][value] = [round(end, 4 if value == "ssim" else 2) for end in (found.mean, found.low, found.high)]
         content["measured"] |= {"date": date.today().isoformat(), "machine": recording.processor(), "score": SCORE}
         write_json(folder / f"{name}.json", content)
+
+
+def by_all(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of prompts and seeds that every method in them made a picture of."""
+    methods = rows["method"].nunique()
+    return rows.groupby(["prompt", "seed"]).filter(lambda some: len(some) == methods)
 
 
 def rows_of(bench: Bench, cell: Cell, seed: int, prompts: list[str], reward: Any, fulls: Path) -> list[dict[str, Any]]:

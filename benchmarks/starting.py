@@ -56,8 +56,13 @@ def starting(model: str, folder: Path) -> dict[str, Any]:
         "transformer": transformer,
         "shape": f"that of {source}'s recipes; not measured on this model",
         "levels": measured["levels"],
-        "recipes": [{"speedup": one["speedup"], "config": one["config"]} for one in measured["recipes"]],
+        "recipes": [{"speedup": one["speedup"], "config": shape(one["config"])} for one in measured["recipes"]],
     }
+
+
+def shape(config: dict[str, Any]) -> dict[str, Any]:
+    """What another model may have in common: all but the leads, which are fitted to the model that they were searched on."""
+    return {name: value for name, value in config.items() if name != "lead"}
 
 
 @app.command()
