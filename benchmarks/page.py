@@ -62,13 +62,14 @@ class Quality:
         }
         self.times = pd.DataFrame(self.seconds["rows"]).assign(error=None, comparable=True, cache_bytes=None)
         every, some = by_all(self.rows), by_all(leaders(self.rows))
+        more = len(some) / some["method"].nunique() > len(every) / every["method"].nunique()
         self.table = self.summary(every, names)
-        self.leaders = self.summary(some, names) if len(some) > len(every) else self.table
+        self.leaders = self.summary(some, names) if more else self.table
         self.values = {"score": per_prompt(some, SCORE), "psnr": -per_prompt(some, "squared_error")}
         self.values["decibels"] = per_prompt(some.assign(psnr=some["psnr"].clip(upper=BEST)), "psnr")
         self.bests = {value: self.best(value, self.leaders) for value in self.values}
         self.makers = self.best("score", self.table)
-        self.pictures, self.more = pictures(every), pictures(some) if len(some) > len(every) else ""
+        self.pictures, self.more = pictures(every), pictures(some) if more else ""
         self.intervals = [interval(rows) for rows in (every, some)]
 
     def summary(self, rows: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:

@@ -29,6 +29,19 @@ def test_the_page_is_what_the_records_give(rendered):
     assert rendered[0] == (ROOT / "docs" / "benchmarks.md").read_text()
 
 
+def test_ours_and_the_best_of_the_others_are_compared_on_all_their_pictures(rendered):
+    """Those of the comparison at the top are more than those that every method made."""
+    for quality in rendered[2]:
+        rows, lead = quality.rows, quality.leaders
+        pairs = rows.groupby("method").apply(lambda some: set(zip(some["prompt"], some["seed"], strict=True)))
+        assert (lead["pictures"] == len(set.intersection(*pairs[lead.index]))).all()
+        assert (quality.table["pictures"] == len(set.intersection(*pairs[quality.table.index]))).all()
+        for row in quality.bests["decibels"]:
+            own = rows[rows["method"] == row["ours"].name]
+            own = own[[pair in set.intersection(*pairs[lead.index]) for pair in zip(own["prompt"], own["seed"], strict=True)]]
+            assert row["ours"]["decibels"] == pytest.approx(own["psnr"].clip(upper=60).groupby(own["prompt"]).mean().mean())
+
+
 def test_the_table_of_the_readme_is_what_the_records_give(rendered):
     assert "\n".join(summary_for_readme(rendered[2])) in (ROOT / "README.md").read_text()
 
