@@ -23,7 +23,7 @@ from growth import draw
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from peers import WITHOUT
-from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell, by_all
+from quality import PIPELINES, REACHED, SCORE, TARGETS, Cell, by_all, recipe_cell
 from width import flux_dev, summary
 
 from dit_accel.eval.drawing import COLORS, MARKERS, style
@@ -270,7 +270,8 @@ def recipe_tables(qualities: list[Quality]) -> list[str]:
     lines = []
     for quality in qualities:
         content = json.loads((SHIPPED / f"{quality.name}.json").read_text())
-        plain = quality.leaders[quality.leaders["kind"] == "fewer steps"]
+        rest = quality.table[~quality.table.index.isin(quality.leaders.index)]
+        plain = pd.concat([quality.leaders, rest]).query("kind == 'fewer steps'")
         heads = [
             f"{quality.name}, asked",
             "measured",
@@ -287,7 +288,7 @@ def recipe_tables(qualities: list[Quality]) -> list[str]:
             cells = [f"{one['speedup']:g}x", f"{measured['seconds']:.2f}x"]
             cells.append(f"{len(one['config']['full_steps'])} of {steps if isinstance(steps, int) else len(steps)}")
             cells.append(f"{mean:.1f} ({low:.1f} to {high:.1f})")
-            label = Cell("recipe", {"speedup": one["speedup"]}).label
+            label = recipe_cell(one["speedup"]).label
             own = quality.leaders.loc[label] if label in quality.leaders.index else None
             cells.append("" if own is None else f"{own['difference']:+.3f} ({own['low']:+.3f} to {own['high']:+.3f})")
             cells.append(str(measured.get("pictures", content["measured"]["pictures"])))

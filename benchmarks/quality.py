@@ -297,7 +297,7 @@ def recipes(
         full = times[times["method"] == FULL]
         content = json.loads((folder / f"{name}.json").read_text())
         for one in content["recipes"]:
-            label = Cell("recipe", {"speedup": one["speedup"]}).label
+            label = recipe_cell(one["speedup"]).label
             own = times[times["method"] == label]
             if own.empty:
                 continue
@@ -312,6 +312,11 @@ def recipes(
                 one["measured"][value] = [round(end, 4 if value == "ssim" else 2) for end in (found.mean, found.low, found.high)]
         content["measured"] |= {"date": date.today().isoformat(), "machine": recording.processor(), "score": SCORE}
         write_json(folder / f"{name}.json", content)
+
+
+def recipe_cell(speedup: float) -> Cell:
+    """That of a recipe for so many times the speed, whole or not."""
+    return Cell("recipe", {"speedup": int(speedup) if speedup == int(speedup) else speedup})
 
 
 def by_all(rows: pd.DataFrame) -> pd.DataFrame:

@@ -28,7 +28,7 @@ from dit_accel.when import Mode
 
 FIGURES = Path(__file__).parent / "figures"
 PROMPT, LAYER = "tiger face, flat style", 1
-STRIP = ("tiger face, flat style", "red apple right of key, 3d style", "owl, cartoon style, on a blue background")
+STRIP = ("tiger face, flat style", "penguin, cartoon style, on a yellow background", "strawberry, 3d style")
 SPEEDS, ROUNDS = (1, 2, 3, 4), 3
 KINDS = {"in full": "#31446b", "selected": "#f28e2b", "from the cache": "#e9ecf1"}
 SHOWN = {

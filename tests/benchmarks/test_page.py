@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -13,10 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from page import overhead_rows, quantized_rows, render, spans, summary_for_readme, verdicts  # noqa: E402
+from page import overhead_rows, quantized_rows, recipe_tables, render, spans, summary_for_readme, verdicts  # noqa: E402
 from quality import chosen  # noqa: E402
 from recording import renew  # noqa: E402
 from width import extrapolated, flux_dev, summary  # noqa: E402
+
+from dit_accel.recipe import SHIPPED  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,20 @@ def test_ours_and_the_best_of_the_others_are_compared_on_all_their_pictures(rend
             own = rows[rows["method"] == row["ours"].name]
             own = own[[pair in set.intersection(*pairs[lead.index]) for pair in zip(own["prompt"], own["seed"], strict=True)]]
             assert row["ours"]["decibels"] == pytest.approx(own["psnr"].clip(upper=60).groupby(own["prompt"]).mean().mean())
+
+
+def test_the_recipes_that_ship_say_what_was_measured_of_them(rendered):
+    """On all pictures of the comparison; those for 6x are not in it. Their page has the same."""
+    for quality in rendered[2]:
+        for one in json.loads((SHIPPED / f"{quality.name}.json").read_text())["recipes"]:
+            if (label := f"recipe speedup={one['speedup']:g}") in quality.leaders.index:
+                own = quality.leaders.loc[label]
+                assert one["measured"]["psnr"][0] == pytest.approx(own["decibels"], abs=0.01)
+                assert one["measured"]["seconds"] == pytest.approx(own["speedup"], abs=0.03)
+                assert one["measured"]["pictures"] == own["pictures"]
+            else:
+                assert one["speedup"] == 6
+    assert "\n".join(recipe_tables(rendered[2])) in (ROOT / "docs" / "recipes.md").read_text()
 
 
 def test_the_table_of_the_readme_is_what_the_records_give(rendered):
