@@ -63,6 +63,7 @@ class Quality:
         self.times = pd.DataFrame(self.seconds["rows"]).assign(error=None, comparable=True, cache_bytes=None)
         every, some = by_all(self.rows), by_all(leaders(self.rows))
         more = len(some) / some["method"].nunique() > len(every) / every["method"].nunique()
+        some = some if more else every
         self.table = self.summary(every, names)
         self.leaders = self.summary(some, names) if more else self.table
         self.values = {"score": per_prompt(some, SCORE), "psnr": -per_prompt(some, "squared_error")}

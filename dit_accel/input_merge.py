@@ -10,7 +10,8 @@ early may keep their tokens: the sequence then has whole and merged tokens, and 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,6 +125,16 @@ class InputMerge:
         picture = self._places(latents, self.grid)
         return self._rows(F.avg_pool2d(picture.flatten(1, -3), self.side).unflatten(1, picture.shape[1:-2]))
 
+    def keeping(self, count: int, config: OutputCacheConfig, outputs: Sequence[list[Any]], latents: Any) -> InputMerge:
+        """With so many cells whole, by the picture that the last full step's output implies now."""
+        if not count:
+            return self
+        picture = latents
+        if outputs:  # of which a copy that counts FLOPs has none
+            (last, *_), numbers = outputs[0], spaces.IMPLIED[self.moment.predicts](*self.levels)
+            picture = last if config.space == "data" else spaces.implied(last, latents, numbers)
+        return replace(self, cells=cells_to_keep(config, picture, self.grid, count, self.moment.step))
+
     def rows_of(self, cells: torch.Tensor) -> torch.Tensor:
         """Numbers of the tokens of cells, cell by cell."""
         width, inside = self.grid[1] // self.side, torch.arange(self.side, device=cells.device)
@@ -168,6 +179,18 @@ def cells_to_keep(
     scores = which.scored(which.get(config.selector), config.selector, context, len(picture)).float().mean(0)
     order = F.avg_pool2d(scores.view(1, height, width), side).flatten().argsort(descending=True)
     return order[:count].sort().values, order[count:].sort().values
+
+
+def refuse_whole(config: OutputCacheConfig, name: str) -> None:
+    """TypeError or ValueError if this transformer cannot have whole tokens beside merged ones, or not by this selector."""
+    needs = sorted(which.get(config.selector).needs)
+    if config.merged_keep and name not in PACKED:
+        raise TypeError(f"The positions of {name} do not allow merged tokens beside whole ones: leave merged_keep out.")
+    if config.merged_keep and needs:
+        fitting = ", ".join(one for one in which.selectors() if not which.get(one).needs)
+        raise ValueError(
+            f"The selector {config.selector!r} needs {', '.join(needs)}, not observed of cells; choose one of {fitting}."
+        )
 
 
 def refuse(transformer: Any, latents: Any, grid: tuple[int, int], side: int) -> bool:

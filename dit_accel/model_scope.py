@@ -49,15 +49,8 @@ class Branch:
     spec: TreeSpec | None = None  # the nest of an output's leaves
 
     def kept(self) -> Any:
-        return (
-            self.outputs,
-            self.differences,
-            self.added,
-            self.latest,
-            self.tokens.outputs,
-            self.tokens.features,
-            self.tokens.observed,
-        )
+        tokens = self.tokens
+        return self.outputs, self.differences, self.added, self.latest, (tokens.outputs, tokens.features, tokens.observed)
 
 
 class ModelScope(Engine):
@@ -74,14 +67,7 @@ class ModelScope(Engine):
         self.order = UNCONDITIONAL_FIRST if family is None else family.batched_guidance  # of guidance in one batch
         if config.merging and family is None:
             raise TypeError(f"The picture of {name} cannot be merged: its tokens are not described. Leave merged_steps out.")
-        if config.merged_keep:
-            if name not in input_merge.PACKED:
-                raise TypeError(f"The positions of {name} do not allow merged tokens beside whole ones: leave merged_keep out.")
-            if needs := sorted(which.get(config.selector).needs):
-                fitting = ", ".join(one for one in which.selectors() if not which.get(one).needs)
-                raise ValueError(
-                    f"The selector {config.selector!r} needs {', '.join(needs)}, not observed of cells; choose one of {fitting}."
-                )
+        input_merge.refuse_whole(config, name)
         if config.compute_ratio:
             if family is None:
                 raise TypeError(f"No tokens of {name} can be selected: its blocks are not described. Set compute_ratio=0.")
@@ -208,7 +194,8 @@ class ModelScope(Engine):
         if plan.merged:
             names = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
             merge = InputMerge(self.latest or moment, config.merged_side, self.run.grid, self.run.packed, names)
-            merge = replace(merge, cells=self._cells(merge, plan, branch, call))
+            whole = (self.run.merged - plan.merged) // (config.merged_side**2 - 1)
+            merge = merge.keeping(whole, config, branch.outputs, call.latents)
             half, shrink = change or (lambda nest: nest), torch.compiler.disable(merge.shrink)
             change = lambda nest: half(shrink(nest))  # noqa: E731
         if plan.rows and self.packed is not None and branch.conditional is None:
@@ -238,18 +225,6 @@ class ModelScope(Engine):
             return tree_unflatten(leaves, branch.spec)
 
         return Todo(instead, change, within, then)
-
-    def _cells(self, merge: InputMerge, plan: StepPlan, branch: Branch, call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Which cells keep their tokens, by the picture that the last full step's output implies now."""
-        kept = (self.run.merged - plan.merged) // (self.config.merged_side**2 - 1)
-        if not kept:
-            return None
-        picture = call.latents
-        if branch.outputs:  # of which a copy that counts FLOPs has none
-            (last, *_) = branch.outputs[0]
-            numbers = spaces.IMPLIED[merge.moment.predicts](*merge.levels)
-            picture = last if self.config.space == "data" else spaces.implied(last, call.latents, numbers)
-        return input_merge.cells_to_keep(self.config, picture, self.run.grid, kept, merge.moment.step)
 
     def _answer(self, plan: StepPlan, branch: Branch, moment: Moment, call: Call, leaves: list[Any]) -> list[Any]:
         """The output's leaves, of those that the model returned, or that were forecast in its place."""

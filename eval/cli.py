@@ -189,13 +189,15 @@ def report(
     their uncached baselines, selection maps, and the protocol. Of an unfinished run, the report shows what is there.
     """
     with plain_errors(debug, extra="eval"):
+        from dit_accel.eval.against import check_methods
         from dit_accel.eval.folder import RunFolder
-        from dit_accel.eval.report import check_methods, write_report
+        from dit_accel.eval.report import read_run, write_report
 
         run_folder = RunFolder(folder, say)
         with usage():
             run_folder.begun  # noqa: B018  whether this is a run
-            check_methods(run_folder, against or [])
+            if against:
+                check_methods(list(dict.fromkeys(read_run(run_folder).rows["method"])), against)
         typer.echo(write_report(run_folder, output or folder / "report", against=against or []))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from dit_accel.eval.statistics import FEWEST, MANY
-from dit_accel.eval.summary import non_inferior_text, verdict
+from dit_accel.eval.summary import broken, non_inferior_text, verdict
 
 NOTHING = "–"
 Row = dict[str, Any]
@@ -70,16 +70,6 @@ def columns(scores: tuple[str, ...], pipelines: int) -> list[Column]:
     return found
 
 
-def broken(row: Row, scores: Sequence[str]) -> list[str]:
-    """The scores of a method that lie below full's by the whole interval of their difference: by how many of its widths."""
-    found = {}
-    for i, score in enumerate(scores):
-        difference, low, high = (row[f"{i}: {part}" if i else part] for part in ("difference", "low", "high"))
-        if pd.notna(high) and high < 0:
-            found[score] = difference / max(high - low, 1e-12)
-    return sorted(found, key=lambda score: found[score])
-
-
 def quality(score: str, heading: str, prefix: str = "") -> list[Column]:
     """Mean and difference to full of one score; `prefix` of its columns in a row."""
     mean, difference = (
@@ -95,28 +85,6 @@ def quality(score: str, heading: str, prefix: str = "") -> list[Column]:
             difference,
         ),
     ]
-
-
-def comparisons(table: pd.DataFrame) -> list[Row]:
-    """Tables of methods against one of them, a pipeline each: `pipeline`, `against`, `values`, and `rows` with their cells."""
-    found = []
-    for (pipeline, baseline), some in table.groupby(["pipeline", "against"], sort=False):
-        values = list(dict.fromkeys(some["value"]))
-        rows = []
-        for key, own in some.groupby("key", sort=False):
-            by_value = {row["value"]: row for row in own.to_dict("records")}
-            first = own.iloc[0]
-            cells = [number(first["times_as_fast"], ".2f"), Cell(str(first["n"]), int(first["n"]))]
-            for value in values:
-                row = by_value.get(value)
-                cells += [difference(row), p_value(row["p_holm"])] if row is not None else [Cell(NOTHING)] * 2
-            rows.append({"key": key, "method": first["method"], "cells": cells})
-        found.append({"pipeline": pipeline, "against": baseline, "values": values, "rows": rows})
-    return found
-
-
-def difference(row: Row) -> Cell:
-    return interval(row["difference"], row["low"], row["high"], "+.3f")
 
 
 def number(value: Any, form: str) -> Cell:

@@ -7,7 +7,6 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ import yaml
 from PIL import Image
 
 from dit_accel.eval import drawing, figures, page
+from dit_accel.eval.against import compared_with, comparisons
 from dit_accel.eval.folder import RunFolder, read_json, read_table
 from dit_accel.eval.runs import with_flops
 from dit_accel.eval.spec import FULL
-from dit_accel.eval.statistics import compare, per_prompt
+from dit_accel.eval.statistics import per_prompt
 from dit_accel.eval.summary import RESAMPLES, summarize
 from dit_accel.pipelines.pictures import psnr_text, write_atomically
 
@@ -89,15 +89,6 @@ def pictures_asked(folder: RunFolder) -> int:
     return len(folder.labels()) * len(folder.begun["spec"]["prompts"]) * int(folder.begun["spec"]["seeds"])
 
 
-def check_methods(folder: RunFolder, methods: Sequence[str]) -> None:
-    """ValueError for a method that the run does not have, with the one that was probably meant."""
-    known = list(dict.fromkeys(read_run(folder).rows["method"])) if methods else []
-    for method in methods:
-        if method not in known:
-            near = get_close_matches(method, known, 3, 0.3) or known
-            raise ValueError(f"This run has no method {method!r}; did you mean {' or '.join(map(repr, near))}?")
-
-
 def write_report(folder: RunFolder, output: Path, resamples: int = RESAMPLES, against: Sequence[str] = ()) -> Path:
     """Write index.html and the figures as PNG and CSV; the path of the page.
 
@@ -115,7 +106,7 @@ def write_report(folder: RunFolder, output: Path, resamples: int = RESAMPLES, ag
         warnings.filterwarnings("ignore", "Prompts left out")  # the table counts what failed
         table = methods(run, resamples)
         drawings = {name: draw(run, part) for name, part in table.groupby("pipeline", sort=False)}
-        compared = [compared_with(run, table, method, resamples) for method in against]
+        compared = [compared_with(run.rows, run.spec, table, method, resamples) for method in against]
     pairs = extremes(run, table)
     files = {f"{one.name}.{kind}": one for some in drawings.values() for one, *_ in some for kind in ("png", "csv")}
     for file, one in files.items():
@@ -203,26 +194,6 @@ def paired(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     return table.sub(table[FULL], axis=0).drop(columns=plain)
 
 
-def compared_with(run: Run, table: pd.DataFrame, baseline: str, resamples: int) -> pd.DataFrame:
-    """Paired differences over prompts of every method to `baseline`, in every score and in SSIM: one row each, with how many times
-    faster than the baseline a method is."""
-    found = []
-    for pipeline, rows in run.rows.groupby("pipeline", sort=False):
-        own = table[table["pipeline"] == pipeline].set_index("method")
-        for value in [score for score in (*run.spec["scores"], "ssim") if score in rows]:
-            values = per_prompt(rows, value)
-            if baseline not in values:
-                continue
-            shared = values.notna().mul(values[baseline].notna(), axis=0).sum() > 1
-            if shared.sum() < 2:
-                continue
-            some = compare(values.loc[:, shared], baseline, margin=run.spec["margin"], resamples=resamples).reset_index()
-            faster = own.loc[some["method"], "speedup"].to_numpy() / own.loc[baseline, "speedup"]
-            some = some.drop(columns="non_inferior").assign(pipeline=pipeline, against=baseline, value=value, times_as_fast=faster)
-            found.append(some.assign(key=own.loc[some["method"], "key"].to_numpy()))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["pipeline", "against", "value", "key"])
-
-
 def maps(run: Run, pipeline: str) -> list[dict[str, Any]]:
     """The selection maps of a pipeline, as the run has recorded them."""
     return [one for one in run.folder.maps() if one["pipeline"] == pipeline]
@@ -300,7 +271,7 @@ def render(
         kinds=list(dict.fromkeys(table["kind"])),
         pipelines=[(spec["pipelines"].index(name), name, some) for name, some in drawings.items()],
         pairs=shown,
-        compared=[one for some in compared for one in page.comparisons(some)],
+        compared=[one for some in compared for one in comparisons(some)],
         failures=page.failures(run.rows, run.times),
         protocol=facts,
         baselines=run.folder.baselines(),

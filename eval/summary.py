@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,16 @@ def verdict(row: dict[str, Any]) -> str:
     far = f"; {matched} took {seconds:.2f} times its seconds" if abs(seconds - 1) > FAR else ""
     difference = f"{row['matched_difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
     return f"{found} at its seconds: {difference}, p {row['matched_p_holm']:.3f} (Holm){far}"
+
+
+def broken(row: dict[str, Any], scores: Sequence[str]) -> list[str]:
+    """The scores of a method that lie below full's by the whole interval of their difference: by how many of its widths."""
+    found = {}
+    for i, score in enumerate(scores):
+        difference, low, high = (row[f"{i}: {part}" if i else part] for part in ("difference", "low", "high"))
+        if pd.notna(high) and high < 0:
+            found[score] = difference / max(high - low, 1e-12)
+    return sorted(found, key=lambda score: found[score])
 
 
 def non_inferior_text(row: dict[str, Any]) -> str:

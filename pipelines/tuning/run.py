@@ -111,8 +111,7 @@ def tune(
                 first=[*first, *filter(None, known)],
             )
             spent += used
-            one = checked(bench, best, speedup, held)
-            found.append(one)
+            found.append(one := checked(bench, best, speedup, held))
             first = [fewer(best, bench.room(REACHED * following)) for following in speedups[i + 1 : i + 2]]
             data = json.dumps(content(pipe, name, along[1][:-1], found, about), indent=1) + "\n"
             write_atomically(output / "recipes.json", data.encode())
@@ -137,10 +136,8 @@ def tune(
 
 def conditions(pipe: Any, settings: Settings, pictures: int) -> dict[str, Any]:
     """How and where it is measured."""
-    device = torch.device(pipe._execution_device)
-    machine = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    device, on_cpu = torch.device(pipe._execution_device), f"{platform.machine()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     return {
         "pictures": pictures,
         "steps": settings.steps,

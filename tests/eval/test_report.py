@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from dit_accel.eval import cli, drawing, figures, page
 from dit_accel.eval.folder import RunFolder, fewer_steps, write_json, write_table
 from dit_accel.eval.report import extremes, read_run, write_report
-from dit_accel.eval.summary import summarize
+from dit_accel.eval.summary import broken, summarize
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 RESAMPLES = 200
@@ -252,13 +252,13 @@ def test_what_cannot_be_read_is_named_and_what_is_there_is_shown(tmp_path: Path)
     for number, some in rows.groupby("method", sort=False):
         write_table(path / "rows" / f"{number}.parquet".replace(" ", "-"), some)
     write_table(path / "timing" / "1.parquet", times)
-    for broken in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sessions/000.json"):
-        (path / broken).write_bytes(b"")
+    for cut_off in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sessions/000.json"):
+        (path / cut_off).write_bytes(b"")
     (path / "maps" / "extra.json").write_text("[1, 2")
     html = written(path)
     assert "32 of 40 pictures" in html
-    for broken in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sessions/000.json", "maps/extra.json"):
-        assert str(path / broken) in html
+    for cut_off in ("results.parquet", "rows/5-steps.parquet", "cut.json", "sessions/000.json", "maps/extra.json"):
+        assert str(path / cut_off) in html
     (path / "spec.json").write_text("")
     done = CliRunner().invoke(cli.app, ["report", str(path)])
     assert done.exit_code == 2 and "no spec.json that can be read" in done.output.replace("\n", " ").replace("│ │", "")
@@ -471,9 +471,9 @@ def test_what_breaks_is_what_lies_below_full(tmp_path: Path) -> None:
     """By hand: c loses nothing for sure; b loses most of its interval's widths."""
     row = {"difference": -0.2, "low": -0.3, "high": -0.1}
     row |= {"1: difference": -0.1, "1: low": -0.11, "1: high": -0.09, "2: difference": -0.5, "2: low": -1.1, "2: high": 0.1}
-    assert page.broken(row, ("a", "b", "c")) == ["b", "a"]
+    assert broken(row, ("a", "b", "c")) == ["b", "a"]
     unknown = {f"{prefix}{part}": math.nan for prefix in ("", "1: ") for part in ("difference", "low", "high")}
-    assert page.broken(unknown, ("a", "b")) == []
+    assert broken(unknown, ("a", "b")) == []
     run = make_run(tmp_path / "run", prompts=MORE, scores=("emoji-reward", "other"))
     text = write_report(RunFolder(run), tmp_path / "out", RESAMPLES).read_text()
     assert ">breaks<" in text

@@ -227,7 +227,7 @@ def test_the_command_writes_recipes_and_a_page_and_goes_on(run, flux_path, tmp_p
         (("--speedup", "1"), "--speedup must be numbers above 1"),
         (("--speedup", "two"), "two"),
         (("--searched", 1), "Search on two prompts or more"),
-        (("--measured", 99), "There are 40 prompts, of 107"),
+        (("--measured", 99), "There are 100 prompts, of 107"),
         (("--prompts-file", "nothing.txt"), "There is no prompt set nothing.txt"),
     ],
 )
