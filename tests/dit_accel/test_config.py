@@ -86,7 +86,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("{", "broken.json is no JSON: Expecting"),
-        ("[1]", "broken.json holds no configuration; expected TokenCacheConfig or TokenMergeConfig or OutputCacheConfig"),
+        ("[1]", "broken.json holds no configuration; expected TokenMergeConfig or TokenCacheConfig or OutputCacheConfig"),
         ('{"interval": 3}', "broken.json holds no configuration"),
         ('{"config": "TokenCacheConfig", "intervall": 3}', "has no option intervall. Did you mean interval"),
         ('{"config": "TokenCacheConfig", "interval": 0}', "interval must be"),
