@@ -88,10 +88,7 @@ def measure(
                 made = denoise(pipe, [(prompt, noise_seed(prompt, 0))], size, lambda: None, applied=False)[0]
                 return made, dit_accel.report(pipe).flops_ratio if config is not None else None
 
-        for number in track(range(prompts), description=name):
-            prompt = PROMPTS[number * len(PROMPTS) // prompts]
-            if any(row["pipeline"] == name and row["prompt"] == prompt for row in rows):
-                continue
+        for number, prompt in recording.left(rows, name, PROMPTS, prompts):
             order = random.Random(number).sample(cells, len(cells))
             full = picture(prompt, None, 1.0)[0]
             made = [(label, side, *picture(prompt, config, side)) for label, config, side in order]

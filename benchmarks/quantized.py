@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import recording
@@ -20,13 +19,14 @@ import torch
 import typer
 from optimum.quanto import freeze, qint8, quantize
 from rich.progress import track
+from width import build, run
 
 import dit_accel
 from dit_accel.eval.fidelity import squared_error
 from dit_accel.eval.prompt_sets import read_prompt_set
 from dit_accel.eval.rewards import load_reward
 from dit_accel.eval.spec import noise_seed
-from dit_accel.pipelines.generation import denoise, settings_for, switched
+from dit_accel.pipelines.generation import DenoisingClock, denoise, settings_for, switched
 from dit_accel.pipelines.loading import load
 from dit_accel.pipelines.terminal import quiet
 
@@ -41,9 +41,14 @@ def loaded(name: str, numbers: str) -> Any:
     """A pipeline whose transformer computes in these numbers; int8 is of its weights, which are multiplied as float32."""
     pipe = load(name, "bfloat16" if numbers == "bfloat16" else "float32")
     if numbers == "int8":
-        quantize(pipe.transformer, weights=qint8)
-        freeze(pipe.transformer)
+        shrink(pipe)
     return pipe
+
+
+def shrink(pipe: Any) -> None:
+    """Make its transformer's weights int8."""
+    quantize(pipe.transformer, weights=qint8)
+    freeze(pipe.transformer)
 
 
 @app.command()
@@ -59,10 +64,7 @@ def pictures(
     for name in pipelines:
         pipes = {numbers: loaded(name, numbers) for numbers in NUMBERS}
         settings = settings_for(pipes["float32"], name)
-        for number in track(range(prompts), description=name):
-            prompt = PROMPTS[number * len(PROMPTS) // prompts]
-            if any(row["pipeline"] == name and row["prompt"] == prompt for row in rows):
-                continue
+        for _, prompt in recording.left(rows, name, PROMPTS, prompts):
             made = {}
             for numbers, pipe in pipes.items():
                 for speed in SPEEDS:
@@ -83,47 +85,23 @@ def pictures(
 
 @app.command()
 def width(
-    tokens: int = typer.Option(1024, help="Image tokens: 1024 are 512 x 512 pixels."),
+    pixels: int = typer.Option(512, help="Side of the picture; 512 are 1,024 tokens."),
     rounds: int = typer.Option(5, min=1, help="Steps of each, in turn."),
     output: Path = typer.Option(Path("out/quantized-width.json"), help="File of the measurements."),
 ) -> None:
     """Time a step of one double and two single blocks of FLUX.1 at full width, and count the bytes of their weights."""
-    from diffusers import FluxTransformer2DModel
-
     quiet()
-    models = {}
-    for numbers in NUMBERS[1:]:
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            model = FluxTransformer2DModel(num_layers=1, num_single_layers=2, guidance_embeds=True)
-        model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
-        for weight in model.parameters():
-            weight.data.normal_(0, 0.02)
-        if numbers == "int8":
-            quantize(model, weights=qint8)
-            freeze(model)
-        models[numbers] = model
-    side = int(tokens**0.5)
-    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(side)), torch.arange(float(side)))
-    given = {
-        "hidden_states": torch.randn(1, side * side, 64, dtype=torch.bfloat16),
-        "encoder_hidden_states": torch.randn(1, 512, 4096, dtype=torch.bfloat16),
-        "pooled_projections": torch.randn(1, 768, dtype=torch.bfloat16),
-        "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
-        "guidance": torch.tensor([3.5], dtype=torch.bfloat16),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(512, 3),
-    }
-    taken: dict[str, list[float]] = {numbers: [] for numbers in models}
-    with torch.inference_mode():
-        for number in track(range(rounds + 1), description="rounds"):
-            for numbers in random.Random(number).sample(list(models), len(models)):
-                start = perf_counter()
-                models[numbers](**given)
-                taken[numbers].append(perf_counter() - start)
-    recording.save(
-        output, [{"numbers": n, "tokens": side * side, "seconds": taken[n][1:], "bytes": size(m)} for n, m in models.items()]
-    )
+    pipes = {numbers: build("flux", 1, torch.bfloat16, "cpu") for numbers in NUMBERS[1:]}
+    shrink(pipes["int8"])
+    taken: dict[str, list[float]] = {numbers: [] for numbers in pipes}
+    for number in track(range(rounds + 1), description="rounds"):
+        for numbers in random.Random(number).sample(list(pipes), len(pipes)):
+            with DenoisingClock(pipes[numbers]) as clock:
+                run(pipes[numbers], pixels, 1)
+            taken[numbers].append(clock.seconds)
+    models, tokens = {numbers: pipe.transformer for numbers, pipe in pipes.items()}, (pixels // 16) ** 2
+    rows = [{"numbers": n, "tokens": tokens, "seconds": taken[n][1:], "bytes": size(m)} for n, m in models.items()]
+    recording.save(output, rows)
     for numbers, model in models.items():
         typer.echo(f"{numbers}: {median(taken[numbers][1:]):.2f} s a step, weights {size(model) / 1e9:.2f} GB")
 

@@ -6,12 +6,14 @@ import functools
 import json
 import os
 import platform
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 
 from dit_accel.pipelines.pictures import write_atomically
 
@@ -50,6 +52,14 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a record, none if there is no record yet."""
     return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def left(rows: list[dict[str, Any]], pipeline: str, prompts: list[str], count: int) -> Iterator[tuple[int, str]]:
+    """With progress, numbers and prompts of so many, spread over a set, of which a pipeline has no row yet."""
+    for number in track(range(count), description=pipeline):
+        prompt = prompts[number * len(prompts) // count]
+        if not any(row["pipeline"] == pipeline and row["prompt"] == prompt for row in rows):
+            yield number, prompt
 
 
 def renew(page: Path, maker: str, lines: list[str]) -> None:
