@@ -21,7 +21,8 @@ HOWS = (("polynomial", "output"), ("logit", "output"), ("polynomial", "data"))
 @dataclass(frozen=True)
 class Candidate:
     """A configuration as it is searched: orders, dampings, corrections and leads for every full step, `guided` those with both
-    guidance branches; `run` are the run's steps as shares of the pipeline's own, which it has if there are none."""
+    guidance branches, `merged` how many of the first are merged, which costs a `share` of a whole one; `run` are the run's steps
+    as shares of the pipeline's own, which it has if there are none."""
 
     steps: tuple[int, ...]
     orders: tuple[int, ...]
@@ -32,11 +33,14 @@ class Candidate:
     space: str = "output"
     guided: tuple[int, ...] | None = None
     run: tuple[float, ...] = ()
+    merged: int = 0
+    share: float = 1.0
 
     @property
     def cost(self) -> float:
         """In full evaluations of both branches of guidance."""
-        return float(len(self.steps)) if self.guided is None else (len(self.steps) + len(self.guided)) / 2
+        branches = [1 if self.guided is None or step in self.guided else 0.5 for step in self.steps]
+        return sum(branches[self.merged :]) + self.share * sum(branches[: self.merged])
 
     @property
     def config(self) -> OutputCacheConfig:
@@ -53,27 +57,31 @@ class Candidate:
             correct=correct,
             lead=lead,
             guidance_steps=self.guided,
+            merged_steps=self.steps[: self.merged] or None,
             **how,
         )
 
     @classmethod
     def of(cls, config: OutputCacheConfig) -> Candidate | None:
         """What a configuration is as a candidate; None of one that no list of full steps, or more than such, describes."""
-        steps, run, guided = config.full_steps, config.sampler_steps, config.guidance_steps
-        if steps is None or callable(config.how) or isinstance(guided, int) or config.compute_ratio or config.merging:
+        steps, run, guided, merged = config.full_steps, config.sampler_steps, config.guidance_steps, config.merged_steps or ()
+        if steps is None or callable(config.how) or isinstance(guided, int) or config.compute_ratio:
+            return None
+        early = tuple(step for step in steps if step < merged) if isinstance(merged, int) else merged
+        if early != steps[: len(early)] or config.merged_above is not None or config.merged_keep or config.merged_side != 2:
             return None
 
         def listed(values: Any) -> tuple[Any, ...]:
             return tuple(each(values)[min(i, len(each(values)) - 1)] for i in range(len(steps)))
 
         lists = map(listed, (config.order, config.damping, config.correct, config.lead))
-        return cls(steps, *lists, config.how, config.space, guided, even(run) if isinstance(run, int) else run or ())
+        return cls(steps, *lists, config.how, config.space, guided, even(run) if isinstance(run, int) else run or (), len(early))
 
     def at(self, places: Sequence[int], steps: Sequence[int], guided: tuple[int, ...] | None) -> Candidate:
         """Other full steps, each with the values of one of these."""
         lists = ("orders", "dampings", "corrects", "leads")
         own: dict[str, Any] = {name: tuple(getattr(self, name)[i] for i in places) for name in lists}
-        return replace(self, steps=tuple(steps), guided=guided, **own)
+        return replace(self, steps=tuple(steps), guided=guided, merged=sum(i < self.merged for i in places), **own)
 
 
 def even(count: int) -> tuple[float, ...]:
@@ -87,6 +95,7 @@ def changed(one: Candidate, steps: int, most: float, halves: bool, rng: random.R
     kinds = {"move": 6, "run": 6, "weights": 6, "damping": 2, "order": 2, "correct": 2, "lead": 2, "how": 1, "guidance": 2 * halves}
     if len(one.steps) == steps:  # nothing is forecast
         kinds = {"run": 6, "lead": 6, "how": 1, "guidance": 2 * halves}
+    kinds["merged"] = int(one.share < 1)
     kind = rng.choices([*kinds], [*kinds.values()])[0]
     if kind == "run":
         return elsewhere(one, steps, asked, rng)
@@ -114,7 +123,10 @@ def changed(one: Candidate, steps: int, most: float, halves: bool, rng: random.R
     if kind == "how":
         how, space = rng.choice([both for both in HOWS if both != (one.how, one.space)])
         return replace(one, how=how, space=space)
-    return guided_otherwise(one, steps, most, rng) if halves else one
+    if kind == "merged":
+        count = min(max(one.merged + rng.choice((-1, 1)), 0), len(one.steps))
+        return fitted(replace(one, merged=count), asked, most, rng)
+    return guided_otherwise(one, asked, most, rng) if halves else one
 
 
 def nudged(values: Sequence[float], name: str, places: Sequence[int], spread: float, rng: random.Random) -> tuple[float, ...]:
@@ -148,27 +160,45 @@ def elsewhere(one: Candidate, steps: int, asked: int, rng: random.Random) -> Can
     return replace(made, run=run) if valid else one
 
 
-def guided_otherwise(one: Candidate, steps: int, most: float, rng: random.Random) -> Candidate:
+def guided_otherwise(one: Candidate, asked: int, most: float, rng: random.Random) -> Candidate:
     """With the unconditional branch computed on other steps, and as many full steps as that leaves room for."""
     guided = set(one.steps if one.guided is None else one.guided)
     guided ^= {rng.choice(one.steps[1:] or one.steps)}
-    guided |= {0}
-    made = replace(one, guided=tuple(sorted(guided)))
+    return fitted(replace(one, guided=tuple(sorted(guided | {0}))), asked, most, rng)
+
+
+def fitted(made: Candidate, asked: int, most: float, rng: random.Random) -> Candidate:
+    """With as many full steps as there is room for, on a run that has no more steps than those asked for."""
     while made.cost > most and len(made.steps) > 1:  # without a step, or without its unconditional branch
         step = rng.choice(made.steps[1:])
-        assert made.guided is not None
-        rest = tuple(s for s in made.guided if s != step)
-        if step in made.guided and rng.random() < 0.5:
+        rest = None if made.guided is None else tuple(s for s in made.guided if s != step)
+        if made.guided and step in made.guided and rng.random() < 0.5:
             made = replace(made, guided=rest)
             continue
         places = [i for i, own in enumerate(made.steps) if own != step]
         made = made.at(places, [made.steps[i] for i in places], rest)
-    while made.cost + 0.5 <= most and (free := sorted(set(range(1, steps)) - set(made.steps))):
-        step = rng.choice(free)
-        after = sum(own < step for own in made.steps)
-        places = sorted([*range(len(made.steps)), after - 1])  # its values are those of the step before
-        made = made.at(places, sorted([*made.steps, step]), made.guided)
-    return made
+    while True:
+        free = sorted(set(range(1, len(made.run) or asked)) - set(made.steps))
+        if not free and made.run and len(made.run) < asked:  # nothing is forecast: the run has a step more
+            places = [*made.run, 1.0]
+            after = rng.choice([i for i in range(len(made.run)) if places[i + 1] - places[i] > 0.5 / asked])
+            run = sorted([*made.run, round((places[after] + places[after + 1]) / 2, 4)])
+            steps, guided = ([s + (s > after) for s in some] for some in (made.steps, made.guided or ()))
+            larger = replace(made, run=tuple(run), steps=tuple(steps), guided=made.guided and tuple(guided))
+            more = with_step(larger, after + 1)
+        elif free:
+            more = with_step(made, rng.choice(free))
+        else:
+            return made
+        if more.cost > most:
+            return made
+        made = more
+
+
+def with_step(one: Candidate, step: int) -> Candidate:
+    """With one full step more, with the values of the one before, and no unconditional branch if some have none."""
+    after = sum(own < step for own in one.steps)
+    return one.at(sorted([*range(len(one.steps)), after - 1]), sorted([*one.steps, step]), one.guided)
 
 
 def fewer(one: Candidate, most: float) -> Candidate:

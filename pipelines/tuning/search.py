@@ -22,11 +22,11 @@ import numpy as np
 from dit_accel import OutputCacheConfig
 from dit_accel.pipelines.generation import Settings, denoise, switched
 from dit_accel.pipelines.pictures import decibels, squared_error
-from dit_accel.pipelines.tuning.candidates import Candidate, changed, even
+from dit_accel.pipelines.tuning.candidates import Candidate, changed, even, fitted
 from dit_accel.pipelines.tuning.starts import schedules, spaced, trajectory
 
 RACE = (4, 12)  # so many prompts have to be won before a candidate is tried on more
-SLACK = 1.5  # dB that a start may be farther on the fewest prompts to be tried on more
+SLACK, NEAR = 1.5, 0.4  # dB that a start, and a change, may be farther on the fewest prompts to be tried on more
 BEST = 60.0  # dB that identical pictures count as: among so close ones, differences say nothing
 TIMED = 5  # pairs of runs that are timed
 IDLE = 400  # changes in a row that bring nothing before a search ends
@@ -114,12 +114,28 @@ class Bench:
 
     def room(self, speedup: float) -> float:
         """Full evaluations that leave denoising so many times as fast by the clock, forecasts and the scheduler included."""
-        steps, key = self.settings.steps, f"seconds of a run with one full step over those of one with {self.settings.steps}"
+        return max(1.0, self.evaluations(1 / speedup))
+
+    def share(self) -> float:
+        """What a step on merged tokens costs beside a full one, by the clock; 1 where the picture cannot be merged."""
+        steps = self.settings.steps
+        try:
+            part = self.part(f"{steps} merged steps", OutputCacheConfig(interval=1, merged_steps=steps))
+        except (TypeError, ValueError):  # which says why to those who ask for merged steps
+            return 1.0
+        return min(1.0, self.evaluations(part) / steps)
+
+    def evaluations(self, part: float) -> float:
+        """Full evaluations in a run that takes such a part of the seconds of one in full."""
+        one = self.part("one full step", OutputCacheConfig(full_steps=(0,), order=0))
+        return 1 + (self.settings.steps - 1) * (part - one) / (1 - one)
+
+    def part(self, what: str, config: OutputCacheConfig) -> float:
+        """The seconds of a run over those of one in full, measured once."""
+        key = f"seconds of a run with {what} over those of one with {self.settings.steps}"
         if key not in self.known:
-            once = OutputCacheConfig(full_steps=(0,), order=0)
-            self.keep(key, median(self.seconds(once) / self.seconds(None) for _ in range(TIMED)), 0.0)
-        one = self.known[key][0]
-        return max(1.0, 1 + (steps - 1) * (1 / speedup - one) / (1 - one))
+            self.keep(key, median(self.seconds(config) / self.seconds(None) for _ in range(TIMED)), 0.0)
+        return self.known[key][0]
 
     def seconds(self, config: OutputCacheConfig | None) -> float:
         """Of denoising one picture."""
@@ -150,13 +166,17 @@ def search(
         halves: whether guidance computes two branches, one of which may be left out.
         along: what `Bench.along` returned.
         first: other candidates to start from.
+
+    Merged steps are tried where they cost less by the clock; likeness alone decides about them as about everything else.
     """
     rng, steps, begun, count = random.Random(seed), bench.settings.steps, bench.spent, max(1, math.floor(most))
+    share = bench.share()
 
     def plain(chosen: Sequence[int], manner: tuple[int, float, float, str, str], every: int = 1, run: int = 0) -> Candidate:
         n, (order, damping, correct, how, space) = len(chosen), manner
         guided = None if every == 1 else tuple(chosen[::every])
-        return Candidate(tuple(chosen), (order,) * n, (damping,) * n, (correct,) * n, (0.0,) * n, how, space, guided, even(run))
+        lists = ((value,) * n for value in (order, damping, correct, 0.0))
+        return Candidate(tuple(chosen), *lists, how, space, guided, even(run), share=share)
 
     kinds = [(count, 1)]
     if halves:  # more full steps, of which every second or third has both branches
@@ -169,9 +189,14 @@ def search(
             continue
         starts += [plain(range(0, n * number, n), m, every, n * number) for n in (2, 3) for m in MANNERS[:3] if n * number <= steps]
         starts += [plain(schedule, manner, every) for schedule in schedules(steps, number, *along) for manner in MANNERS[:3]]
-    best, *others = [one for one in (*first, *starts) if one.cost <= most]
+    best, *others = [one for one in (*(replace(one, share=share) for one in first), *starts) if one.cost <= most]
     for one in others:  # which differ much: that few prompts like one less says little
         best = one if bench.better(one.config, best.config, SLACK) else best
+    for merged in (1, 2) if share < 1 else ():
+        number = min(steps, math.floor(most + merged * (1 - share)))
+        for one in (best, plain(range(number), MANNERS[-1], run=number)):
+            early = fitted(replace(one, merged=merged), steps, most, rng)
+            best = early if bench.better(early.config, best.config, SLACK) else best
     every = 1 if best.guided is None else -(-len(best.steps) // len(best.guided))
     forecasts = len(best.steps) < (len(best.run) or steps)  # if there are any, in other manners
     for one in [replace(plain(best.steps, manner, every), run=best.run) for manner in MANNERS if forecasts]:
@@ -183,6 +208,6 @@ def search(
         if one in tried:
             continue
         tried.add(one)
-        if bench.better(one.config, best.config):
+        if bench.better(one.config, best.config, NEAR):
             best, idle = one, 0
     return best, bench.spent - begun
