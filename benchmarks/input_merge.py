@@ -120,8 +120,8 @@ def width(
                 config = OutputCacheConfig(interval=1, merged_steps=(1,), **more)
                 with switched(pipe, config), DenoisingClock(pipe) as clock:
                     run(pipe, side, 3)
+                    report = dit_accel.report(pipe)
                 taken = [end - start for start, end in zip(clock.begun, clock.ended, strict=True)]
-                report = dit_accel.report(pipe)
                 row = {"pixels": side, "tokens": report.grid[0] * report.grid[1], "round": number, "step": label}
                 row |= {"seconds": taken[1], "full": taken[2], "flops": report.flops[2] / report.flops[1]}
                 rows.append(row)

@@ -15,14 +15,15 @@ from dit_accel.pipelines.tuning.starts import spaced
 OPTIONS = {"damping": (0.0, 0.3, 0.5, 0.7, 0.85, 1.0), "correct": (0.0, 0.25, 0.5, 0.75, 1.0), "order": (0, 1, 2)}
 RANGES = {"dampings": (0.0, 1.5), "corrects": (0.0, 1.5), "leads": (-1.0, 1.0)}  # in which small changes stay
 DAMPED = ("dampings", "corrects")
+SIDES = (2, 4)  # of the cells of merged steps
 HOWS = (("polynomial", "output"), ("logit", "output"), ("polynomial", "data"))
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A configuration as it is searched: orders, dampings, corrections and leads for every full step, `guided` those with both
-    guidance branches, `merged` how many of the first are merged, which costs a `share` of a whole one; `run` are the run's steps
-    as shares of the pipeline's own, which it has if there are none."""
+    guidance branches, `merged` how many of the first are merged, in cells of `side`, which costs one of `shares` of a whole one;
+    `run` are the run's steps as shares of the pipeline's own, which it has if there are none."""
 
     steps: tuple[int, ...]
     orders: tuple[int, ...]
@@ -34,13 +35,14 @@ class Candidate:
     guided: tuple[int, ...] | None = None
     run: tuple[float, ...] = ()
     merged: int = 0
-    share: float = 1.0
+    side: int = SIDES[0]
+    shares: tuple[float, ...] = (1.0, 1.0)  # by side
 
     @property
     def cost(self) -> float:
         """In full evaluations of both branches of guidance."""
         branches = [1 if self.guided is None or step in self.guided else 0.5 for step in self.steps]
-        return sum(branches[self.merged :]) + self.share * sum(branches[: self.merged])
+        return sum(branches[self.merged :]) + self.shares[SIDES.index(self.side)] * sum(branches[: self.merged])
 
     @property
     def config(self) -> OutputCacheConfig:
@@ -58,6 +60,7 @@ class Candidate:
             lead=lead,
             guidance_steps=self.guided,
             merged_steps=self.steps[: self.merged] or None,
+            merged_side=self.side if self.merged else SIDES[0],
             **how,
         )
 
@@ -68,14 +71,15 @@ class Candidate:
         if steps is None or callable(config.how) or isinstance(guided, int) or config.compute_ratio:
             return None
         early = tuple(step for step in steps if step < merged) if isinstance(merged, int) else merged
-        if early != steps[: len(early)] or config.merged_above is not None or config.merged_keep or config.merged_side != 2:
+        if early != steps[: len(early)] or config.merged_above is not None or config.merged_keep:
             return None
 
         def listed(values: Any) -> tuple[Any, ...]:
             return tuple(each(values)[min(i, len(each(values)) - 1)] for i in range(len(steps)))
 
         lists = map(listed, (config.order, config.damping, config.correct, config.lead))
-        return cls(steps, *lists, config.how, config.space, guided, even(run) if isinstance(run, int) else run or (), len(early))
+        run = even(run) if isinstance(run, int) else run or ()
+        return cls(steps, *lists, config.how, config.space, guided, run, len(early), config.merged_side)
 
     def at(self, places: Sequence[int], steps: Sequence[int], guided: tuple[int, ...] | None) -> Candidate:
         """Other full steps, each with the values of one of these."""
@@ -95,7 +99,7 @@ def changed(one: Candidate, steps: int, most: float, halves: bool, rng: random.R
     kinds = {"move": 6, "run": 6, "weights": 6, "damping": 2, "order": 2, "correct": 2, "lead": 2, "how": 1, "guidance": 2 * halves}
     if len(one.steps) == steps:  # nothing is forecast
         kinds = {"run": 6, "lead": 6, "how": 1, "guidance": 2 * halves}
-    kinds["merged"] = int(one.share < 1)
+    kinds["merged"] = 2 * (min(one.shares) < 1)
     kind = rng.choices([*kinds], [*kinds.values()])[0]
     if kind == "run":
         return elsewhere(one, steps, asked, rng)
@@ -124,8 +128,8 @@ def changed(one: Candidate, steps: int, most: float, halves: bool, rng: random.R
         how, space = rng.choice([both for both in HOWS if both != (one.how, one.space)])
         return replace(one, how=how, space=space)
     if kind == "merged":
-        count = min(max(one.merged + rng.choice((-1, 1)), 0), len(one.steps))
-        return fitted(replace(one, merged=count), asked, most, rng)
+        count = min(max(one.merged + rng.choice((-1, 0, 1)), 0), len(one.steps))
+        return fitted(replace(one, merged=count, side=rng.choice(SIDES)), asked, most, rng)
     return guided_otherwise(one, asked, most, rng) if halves else one
 
 

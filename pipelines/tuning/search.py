@@ -22,7 +22,7 @@ import numpy as np
 from dit_accel import OutputCacheConfig
 from dit_accel.pipelines.generation import Settings, denoise, switched
 from dit_accel.pipelines.pictures import decibels, squared_error
-from dit_accel.pipelines.tuning.candidates import Candidate, changed, even, fitted
+from dit_accel.pipelines.tuning.candidates import SIDES, Candidate, changed, even, fitted
 from dit_accel.pipelines.tuning.starts import schedules, spaced, trajectory
 
 RACE = (4, 12)  # so many prompts have to be won before a candidate is tried on more
@@ -116,14 +116,16 @@ class Bench:
         """Full evaluations that leave denoising so many times as fast by the clock, forecasts and the scheduler included."""
         return max(1.0, self.evaluations(1 / speedup))
 
-    def share(self) -> float:
-        """What a step on merged tokens costs beside a full one, by the clock; 1 where the picture cannot be merged."""
-        steps = self.settings.steps
-        try:
-            part = self.part(f"{steps} merged steps", OutputCacheConfig(interval=1, merged_steps=steps))
-        except (TypeError, ValueError):  # which says why to those who ask for merged steps
-            return 1.0
-        return min(1.0, self.evaluations(part) / steps)
+    def shares(self) -> tuple[float, ...]:
+        """What a step on tokens merged in cells of 2 x 2, and 4 x 4, costs beside a full one, by the clock; 1 where none can be."""
+        steps, found = self.settings.steps, []
+        for side in SIDES:
+            try:
+                merged = OutputCacheConfig(interval=1, merged_steps=steps, merged_side=side)
+                found.append(min(1.0, self.evaluations(self.part(f"{steps} steps merged by {side}", merged)) / steps))
+            except (TypeError, ValueError):  # which says why to those who ask for merged steps
+                found.append(1.0)
+        return tuple(found)
 
     def evaluations(self, part: float) -> float:
         """Full evaluations in a run that takes such a part of the seconds of one in full."""
@@ -170,13 +172,13 @@ def search(
     Merged steps are tried where they cost less by the clock; likeness alone decides about them as about everything else.
     """
     rng, steps, begun, count = random.Random(seed), bench.settings.steps, bench.spent, max(1, math.floor(most))
-    share = bench.share()
+    shares = bench.shares()
 
     def plain(chosen: Sequence[int], manner: tuple[int, float, float, str, str], every: int = 1, run: int = 0) -> Candidate:
         n, (order, damping, correct, how, space) = len(chosen), manner
         guided = None if every == 1 else tuple(chosen[::every])
         lists = ((value,) * n for value in (order, damping, correct, 0.0))
-        return Candidate(tuple(chosen), *lists, how, space, guided, even(run), share=share)
+        return Candidate(tuple(chosen), *lists, how, space, guided, even(run), shares=shares)
 
     kinds = [(count, 1)]
     if halves:  # more full steps, of which every second or third has both branches
@@ -189,13 +191,13 @@ def search(
             continue
         starts += [plain(range(0, n * number, n), m, every, n * number) for n in (2, 3) for m in MANNERS[:3] if n * number <= steps]
         starts += [plain(schedule, manner, every) for schedule in schedules(steps, number, *along) for manner in MANNERS[:3]]
-    best, *others = [one for one in (*(replace(one, share=share) for one in first), *starts) if one.cost <= most]
+    best, *others = [one for one in (*(replace(one, shares=shares) for one in first), *starts) if one.cost <= most]
     for one in others:  # which differ much: that few prompts like one less says little
         best = one if bench.better(one.config, best.config, SLACK) else best
-    for merged in (1, 2) if share < 1 else ():
-        number = min(steps, math.floor(most + merged * (1 - share)))
-        for one in (best, plain(range(number), MANNERS[-1], run=number)):
-            early = fitted(replace(one, merged=merged), steps, most, rng)
+    for side, share in zip(SIDES, shares, strict=True):  # a full step more, and the first one merged
+        number = min(steps, math.floor(most + 1 - share))
+        for one in (best, plain(range(number), MANNERS[-1], run=number)) if share < 1 else ():
+            early = fitted(replace(one, merged=1, side=side), steps, most, rng)
             best = early if bench.better(early.config, best.config, SLACK) else best
     every = 1 if best.guided is None else -(-len(best.steps) // len(best.guided))
     forecasts = len(best.steps) < (len(best.run) or steps)  # if there are any, in other manners

@@ -77,21 +77,24 @@ def test_changes_are_valid_and_stay_within_the_budget(halves):
 
 
 def test_merged_steps_make_room_for_others():
-    """A merged step costs a quarter: of 4.5, six full ones with two merged, on a run of the pipeline's steps or of its own."""
+    """A step merged by 2 costs a quarter: of 4.5, six full ones with two merged, on a run of the pipeline's steps or of its own."""
     for run in ((), (0.0, 0.25, 0.5, 0.75)):
         rng, seen = random.Random(0), set()
         steps = (0, 1, 2, 3) if run else (0, 2, 5, 9)
-        one = Candidate(steps, (1,) * 4, (0.7,) * 4, (0.5,) * 4, (0.0,) * 4, run=run, share=0.25)
+        one = Candidate(steps, (1,) * 4, (0.7,) * 4, (0.5,) * 4, (0.0,) * 4, run=run, shares=(0.25, 0.1))
         for _ in range(2000):
             one = changed(one, 12, 4.5, False, rng)
-            assert one.cost == pytest.approx(len(one.steps) - 0.75 * one.merged) and one.cost <= 4.5
+            part = {2: 0.25, 4: 0.1}[one.side]
+            assert one.cost == pytest.approx(len(one.steps) - (1 - part) * one.merged) and one.cost <= 4.5
             assert (one.config.merged_steps or ()) == one.steps[: one.merged] and len(one.leads) == len(one.steps)
+            assert one.config.merged_side == (one.side if one.merged else 2)
             assert one.steps[-1] < (len(one.run) or 12) <= 12 and list(one.run) == sorted(set(one.run))
             seen.add(one)
-        assert {(len(one.steps), one.merged) for one in seen} >= {(4, 0), (5, 1), (6, 2)}
+        assert {(len(one.steps), one.merged) for one in seen} >= {(4, 0), (5, 1), (6, 2)} and {one.side for one in seen} == {2, 4}
     found = Candidate.of(one.config)
     assert found is not None and (found.merged, found.steps, found.run) == (one.merged, one.steps, one.run)
-    for other in ({"merged_steps": (2,)}, {"merged_above": 0.5}, {"merged_steps": 1, "merged_side": 4}):
+    assert found.side == (one.side if one.merged else 2)
+    for other in ({"merged_steps": (2,)}, {"merged_above": 0.5}, {"merged_steps": 1, "merged_keep": 0.5}):
         assert Candidate.of(dit_accel.OutputCacheConfig(full_steps=(0, 2), **other)) is None, "not searched"
     assert fewer(replace(one, merged=2), 2.0).merged <= 2
 
@@ -115,9 +118,9 @@ def test_a_faster_start_is_thinned_out_of_a_slower_recipe():
 class Known:
     """In the place of a bench: pictures are the closer, the fewer steps are not those wanted."""
 
-    def __init__(self, wanted, damping, merged=0, share=1.0):
+    def __init__(self, wanted, damping, merged=0, shares=(1.0, 1.0)):
         self.wanted, self.damping, self.merged, self.spent = set(wanted), damping, merged, 0.0
-        self.settings, self.prompts, self.share = SimpleNamespace(steps=12), ["a"] * 4, lambda: share
+        self.settings, self.prompts, self.shares = SimpleNamespace(steps=12), ["a"] * 4, lambda: shares
 
     def better(self, candidate, incumbent, slack=0.0):
         self.spent += 1
@@ -130,7 +133,8 @@ class Known:
             - abs(np.mean(config.correct) - 0.25)
             - abs(np.mean(config.lead))
             - 5 * (config.sampler_steps is not None)
-            - abs(len(config.merged_steps or ()) - self.merged)
+            - 3 * abs(len(config.merged_steps or ()) - self.merged)
+            - (config.merged_side - 2)
         )
 
 
@@ -142,7 +146,7 @@ def test_the_search_finds_the_best_there_is_and_ends_in_time():
     assert (
         set(best.steps) == bench.wanted and np.mean(best.corrects) == pytest.approx(0.25, abs=0.02) and used == bench.spent <= 3001
     )
-    bench = Known((0, 3, 4, 8, 11), 0.5, merged=1, share=0.25)
+    bench = Known((0, 3, 4, 8, 11), 0.5, merged=1, shares=(0.25, 0.1))
     best, _ = search(bench, 4.4, 3000, False, (outputs, levels))
     assert set(best.steps) == bench.wanted and best.config.merged_steps == (0,), "five steps, of which one costs a quarter"
     bench = Known((0, 3, 4, 11), 0.5)
@@ -201,9 +205,9 @@ def test_what_forecasts_take_leaves_room_for_fewer_full_steps(tmp_path, monkeypa
     assert bench.room(100) == 1, "no more can be had"
     with monkeypatch.context() as patched:  # four merged steps take as long as two full ones
         patched.setattr(Bench, "seconds", lambda self, config: 2.7 if config is not None and config.merging else 4.5)
-        assert bench.share() == pytest.approx(0.5)
+        assert bench.shares() == pytest.approx((0.5, 0.5))
         patched.setattr(Bench, "part", lambda *args: (_ for _ in ()).throw(TypeError("not merged")))
-        assert bench.share() == 1
+        assert bench.shares() == (1, 1)
     monkeypatch.setattr(Bench, "seconds", lambda *args: pytest.fail("timed again"))
     assert bench_of(None, tmp_path / "known.jsonl").room(4.5 / 2.7) == pytest.approx(2), "an interrupted search goes on the same"
 
@@ -226,7 +230,7 @@ def test_pictures_are_those_of_the_pipeline(flux_path, tmp_path):
 def test_the_command_writes_recipes_and_a_page_and_goes_on(run, flux_path, tmp_path, monkeypatch):
     monkeypatch.setenv("DIT_ACCEL_RECIPES", str(tmp_path / "own"))
     monkeypatch.setattr(Bench, "room", lambda bench, speedup: bench.settings.steps * 0.97 / speedup)  # no clock decides
-    monkeypatch.setattr(Bench, "share", lambda bench: 1.0)
+    monkeypatch.setattr(Bench, "shares", lambda bench: (1.0, 1.0))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red\nblue\ngreen\nwhite\nblack\n")
     asked = ["tune", flux_path, "--speedup", "2,1.5", "--prompts-file", prompts, "--searched", 2, "--measured", 3, "--budget", 0.02]
