@@ -15,6 +15,7 @@ from dit_accel.sampler import Sampler
 
 Model = TypeVar("Model")
 Config = TokenCacheConfig | TokenMergeConfig | OutputCacheConfig | Recipe
+Parts = (TokenCacheConfig, TokenMergeConfig, OutputCacheConfig)
 Configs = Config | str | Sequence[Config | str]
 LOG = logging.getLogger("dit_accel")
 
@@ -55,7 +56,8 @@ def apply(
     Args:
         model: a pipeline of diffusers or its transformer; FLUX or PixArt for token caching and merging.
         config: what to compute, or the name of a preset (see `TokenCacheConfig.preset`), or one of `recipes`; of caching and
-            merging together, merging works on the full steps.
+            merging together, merging works on the full steps; with `OutputCacheConfig(interval=1, merged_steps=...)` beside them
+            the first steps see a smaller picture.
         speedup: in place of a configuration: the closest recipe that is at least so fast. Without a recipe for this model, the
             output is forecast wherever the error that the last full steps had allows it, for about this speed.
         min_psnr: in place of a configuration: the fastest recipe that was measured to be at least so close, in dB.
@@ -128,16 +130,23 @@ def _attach(model: Any, config: Any, record: bool, processors_only: bool) -> lis
         from dit_accel.model_scope import ModelScope
 
         engines: list[Any] = [ModelScope(given[0], transformer, recipe, record) for transformer in found]
-    elif kinds and set(kinds) <= {TokenCacheConfig, TokenMergeConfig} and len(set(kinds)) == len(kinds):
+    elif kinds and set(kinds) != {OutputCacheConfig} and len(set(kinds)) == len(kinds) and set(kinds) <= set(Parts):
         from dit_accel.module_scope import ModuleScope
 
         cache = next((part for part in given if isinstance(part, TokenCacheConfig)), TokenCacheConfig(interval=1))
         merge = next((part for part in given if isinstance(part, TokenMergeConfig)), None)
-        engines = [ModuleScope(cache, merge, found[0], record, processors_only)]
+        early = next((part for part in given if isinstance(part, OutputCacheConfig)), None)
+        if early is not None and (processors_only or not early.merging or early != early.merging_alone):
+            raise ValueError(
+                "Beside token caching or merging, an OutputCacheConfig says which steps see a smaller picture, and nothing else: "
+                "OutputCacheConfig(interval=1, merged_steps=...), also with merged_above or merged_side."
+            )
+        engines = [ModuleScope(cache, merge, found[0], record, processors_only, early)]
     else:
         raise TypeError(
-            "The configuration must be a TokenCacheConfig, a TokenMergeConfig, or a list of one of each; or an OutputCacheConfig "
-            f"or a Recipe alone; not {', '.join(kind.__name__ for kind in kinds) or 'empty'}."
+            "The configuration must be a TokenCacheConfig, a TokenMergeConfig, or a list of one of each, also with an "
+            "OutputCacheConfig that only merges steps; or an OutputCacheConfig or a Recipe alone; not "
+            f"{', '.join(kind.__name__ for kind in kinds) or 'empty'}."
         )
     sampled = kinds == [OutputCacheConfig] and given[0].sampler_steps is not None
     if sampled and not hasattr(model, "scheduler"):

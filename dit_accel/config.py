@@ -220,6 +220,13 @@ class OutputCacheConfig(Options):
         return bool(self.merged_steps) or self.merged_above is not None
 
     @property
+    def merging_alone(self) -> OutputCacheConfig:
+        """What of it is about merged steps, with everything computed on them and on all others."""
+        return OutputCacheConfig(
+            interval=1, merged_steps=self.merged_steps, merged_above=self.merged_above, merged_side=self.merged_side
+        )
+
+    @property
     def run_steps(self) -> int | None:
         """Steps of a run, if they are others than the pipeline is asked for."""
         return len(self.sampler_steps) if isinstance(self.sampler_steps, tuple) else self.sampler_steps
@@ -239,9 +246,9 @@ class OutputCacheConfig(Options):
             raise ValueError("guidance_steps must be a whole number of at least 1, not 0; or numbers of steps.")
         if sum(value is not None for value in (self.full_steps, self.tolerance, self.when)) > 1:
             raise ValueError("full_steps, tolerance and when each say when a step is full; give one of them.")
-        alike = any((*each(self.correct), *each(self.lead), self.space == "data", self.merging))
+        alike = any((*each(self.correct), *each(self.lead), self.space == "data", self.merged_keep))
         if self.compute_ratio and alike:
-            raise ValueError("correct, lead, space='data' and merged_steps are about all tokens alike; leave compute_ratio at 0.")
+            raise ValueError("correct, lead, space='data' and merged_keep are about all tokens alike; leave compute_ratio at 0.")
         if (self.space, self.how) == ("data", "logit"):
             raise ValueError("space='data' takes the logarithm of signal over noise for the time already; leave how='logit' out.")
 

@@ -9,6 +9,7 @@ early may keep their tokens: the sequence then has whole and merged tokens, and 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dit_accel import spaces, which
 from dit_accel.clock import ARGUMENTS, Moment
 from dit_accel.config import OutputCacheConfig
+from dit_accel.plan import Todo
 from dit_accel.store import sent
 
 PACKED = ("FluxTransformer2DModel",)  # latents in rows of 2 x 2 places, with ids of the rows' places
@@ -193,14 +196,51 @@ def refuse_whole(config: OutputCacheConfig, name: str) -> None:
         )
 
 
-def refuse(transformer: Any, latents: Any, grid: tuple[int, int], side: int) -> bool:
-    """Whether latents come packed; ValueError if this transformer's cannot be merged."""
-    name, packed = type(transformer).__name__, type(transformer).__name__ in PACKED
+def prepare(run: Any, transformer: Any, latents: Any, grid: tuple[int, int, int], side: int) -> None:
+    """Note at the start of a run how its latents come and how many tokens a merged step leaves out.
+
+    Args:
+        run: an `engine.Run`.
+        grid: frames, rows and columns of tokens.
+
+    Raises:
+        ValueError: if this transformer's latents cannot be merged.
+    """
+    name, (frames, height, width) = type(transformer).__name__, grid
+    packed = name in PACKED
     sides = latents.shape[-2:] if isinstance(latents, torch.Tensor) and latents.ndim > 3 else (1, 0)
-    if not packed and (sides[0] % grid[0] or sides[0] * grid[1] != sides[1] * grid[0]):
+    if not packed and (sides[0] % height or sides[0] * width != sides[1] * height):
         raise ValueError(f"The latents of {name} do not come as a picture, so merged_steps cannot merge their cells; leave it out.")
-    if grid[0] % side or grid[1] % side:
+    if height % side or width % side:
         raise ValueError(
-            f"merged_steps merges cells of {side} x {side} tokens, which do not divide {grid[0]} x {grid[1]}; choose another size."
+            f"merged_steps merges cells of {side} x {side} tokens, which do not divide {height} x {width}; choose another size."
         )
-    return packed
+    run.packed, run.merged = packed, frames * height * width * (side**2 - 1) // side**2
+
+
+def known(moment: Moment, asking: str) -> Moment:
+    """The moment, if its noise levels are known; ValueError otherwise, with the option that asks for them."""
+    if not moment.levels or moment.predicts not in spaces.IMPLIED:
+        raise ValueError(
+            f"{asking} needs a scheduler that tells the noise of every step; call the pipeline that dit_accel.apply was given, or "
+            "leave it out."
+        )
+    signs = [moment.times[-1] - moment.times[0], moment.levels[-1][1] - moment.levels[0][1]]
+    turned = moment.predicts == "flow_prediction" and signs[0] * signs[1] < 0  # Z-Image, Lumina 2
+    return replace(moment, predicts="reversed" if turned else moment.predicts)
+
+
+def of(config: OutputCacheConfig, transformer: Any, run: Any, moment: Moment) -> InputMerge:
+    """What a merged step of this run sees."""
+    names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+    return InputMerge(moment, config.merged_side, run.grid, run.packed, names)
+
+
+def todo(merge: InputMerge, latents: torch.Tensor) -> Todo:
+    """How a call is answered of which nothing is remembered."""
+
+    def then(output: Any) -> Any:
+        leaves, spec = tree_flatten(output)
+        return tree_unflatten([merge.enlarge(leaves[0], latents), *leaves[1:]], spec)
+
+    return Todo(change=torch.compiler.disable(merge.shrink), then=then)

@@ -5,7 +5,6 @@ where the family is described in families/.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +20,6 @@ from dit_accel.config import OutputCacheConfig, each
 from dit_accel.engine import Engine
 from dit_accel.families.rows import UNCONDITIONAL_FIRST
 from dit_accel.families.table import lookup
-from dit_accel.input_merge import InputMerge
 from dit_accel.packed import During, Packed
 from dit_accel.plan import Past, StepPlan, Todo, difference, forecast, guided, merges, rule, step_plan
 from dit_accel.recipe import Recipe
@@ -127,25 +125,15 @@ class ModelScope(Engine):
         self.run.grid = frames * height, width
         if self.packed is not None:
             self.run.tokens = self.packed.family.count(self.transformer.config, given)
-            return
-        side = self.config.merged_side
-        self.run.packed = input_merge.refuse(self.transformer, latents, (height, width), side)
-        self.run.merged = frames * height * width * (side**2 - 1) // side**2
+        if self.config.merging:
+            input_merge.prepare(self.run, self.transformer, latents, (frames, height, width), self.config.merged_side)
 
     def new_branch(self) -> Branch:
         return Branch()
 
     def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
         if self.config.space == "data" or self.config.merging:
-            if not moment.levels or moment.predicts not in spaces.IMPLIED:
-                asked = "space='data' needs" if self.config.space == "data" else "merged_steps needs"
-                raise ValueError(
-                    f"{asked} a scheduler that tells the noise of every step; call the pipeline that dit_accel.apply was given, or "
-                    "leave it out."
-                )
-            signs = [moment.times[-1] - moment.times[0], moment.levels[-1][1] - moment.levels[0][1]]
-            turned = moment.predicts == "flow_prediction" and signs[0] * signs[1] < 0  # Z-Image, Lumina 2
-            moment = replace(moment, predicts="reversed" if turned else moment.predicts)
+            moment = input_merge.known(moment, "space='data'" if self.config.space == "data" else "merged_steps")
         self.latest = moment
         if self.config.space == "data":
             times = tuple(math.log(alpha / sigma) for alpha, sigma in moment.levels)
@@ -192,14 +180,15 @@ class ModelScope(Engine):
             change = torch.compiler.disable(functools.partial(tree_map, part))
         merge = None
         if plan.merged:
-            names = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
-            merge = InputMerge(self.latest or moment, config.merged_side, self.run.grid, self.run.packed, names)
+            merge = input_merge.of(config, self.transformer, self.run, self.latest or moment)
             whole = (self.run.merged - plan.merged) // (config.merged_side**2 - 1)
             merge = merge.keeping(whole, config, branch.outputs, call.latents)
             half, shrink = change or (lambda nest: nest), torch.compiler.disable(merge.shrink)
             change = lambda nest: half(shrink(nest))  # noqa: E731
         if plan.rows and self.packed is not None and branch.conditional is None:
-            if full:
+            if merge is not None:  # of a smaller picture no token is remembered
+                branch.tokens, branch.selection = Memory(), None
+            elif full:
                 pictures = len(call.latents) // 2 if self.run.halves else 0
                 within = self.packed.full(branch.tokens, self.run.tokens, moment.time, max(each(config.order)), pictures)
                 branch.selection = None
@@ -282,8 +271,10 @@ class ModelScope(Engine):
         if self.packed is None or self.config.tolerance is not None:
             past.number += store.push(branch.outputs, past.times, moment.time, leaves, max(each(self.config.order)))
         else:  # which has remembered the output's rows
-            past.number += past.times[:1] != branch.tokens.times[:1]
+            past.number += not branch.tokens.times or past.times[:1] != branch.tokens.times[:1]
             past.times = list(branch.tokens.times)
+        if self.packed is not None and not branch.tokens.times:  # after a merged step
+            past.times, branch.outputs = [], []
         past.step = moment.step
         progress = Progress(moment.step, moment.steps, moment.times, past.number, error, distance, order)
         past.next_full = moment.step + self.rule(progress)

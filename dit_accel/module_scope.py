@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from dit_accel import merging, store, which
+from dit_accel import input_merge, merging, store, which
 from dit_accel.clock import Call, Moment
-from dit_accel.config import TokenCacheConfig, TokenMergeConfig
+from dit_accel.config import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
 from dit_accel.engine import Engine
 from dit_accel.families import blocks as token_wise
 from dit_accel.families.attention import TokenAttnProcessor, unwrapped
 from dit_accel.families.table import family_of
 from dit_accel.merge_site import MergeSite, Shared
-from dit_accel.plan import Layout, Past, StepPlan, Todo, module_plan, rule
+from dit_accel.plan import Layout, Past, StepPlan, Todo, merges, module_plan, rule
 from dit_accel.sites import Cached, Memory, Now, Site, choose_together
 from dit_accel.when import Matched, Mode, Progress
 
@@ -37,9 +37,16 @@ class ModuleScope(Engine):
     """Caching and merging in FLUX and PixArt; raises what `dit_accel.apply` raises."""
 
     def __init__(
-        self, config: TokenCacheConfig, merge: TokenMergeConfig | None, transformer: Any, record: bool, processors_only: bool
+        self,
+        config: TokenCacheConfig,
+        merge: TokenMergeConfig | None,
+        transformer: Any,
+        record: bool,
+        processors_only: bool,
+        early: OutputCacheConfig | None = None,
     ) -> None:
         super().__init__(transformer)
+        self.early = early  # whose merged steps come first
         self.config, self.merge, self.record, self.processors_only = config, merge, record, processors_only
         (self.row, self.family), name = family_of(transformer), type(transformer).__name__
         self.sites: list[Cached] = []
@@ -58,11 +65,11 @@ class ModuleScope(Engine):
         self.joint = "joint" in streams
 
     def settings(self) -> str:
-        return f"{self.config} {self.merge} {self.processors_only}"
+        return f"{self.config} {self.merge} {self.processors_only} {self.early}"
 
     def twin(self, transformer: Any) -> Engine:
         config = replace(self.config, cache_device=None)  # numbers on the CPU do not mix with none
-        other = ModuleScope(config, self.merge, transformer, False, self.processors_only)
+        other = ModuleScope(config, self.merge, transformer, False, self.processors_only, self.early)
         other.run = self.run
         other.attach()
         transformer.set_attn_processor(other.attn_processors())
@@ -124,6 +131,8 @@ class ModuleScope(Engine):
         config = self.transformer.config
         (_, height, width), self.run.tokens = self.row.grid(config, given), self.row.count(config, given)
         self.run.grid = height, width
+        if self.early is not None:
+            input_merge.prepare(self.run, self.transformer, call.latents, (1, height, width), self.early.merged_side)
         if self.merge is not None:
             self.merged = merging.merged_away(height * width, self.run.grid, self.merge.stride[::-1], self.merge.ratio)
         share = self.row.batched_guidance and len(call.latents) % 2 == 0 and not call.latents.is_meta
@@ -140,7 +149,13 @@ class ModuleScope(Engine):
         image = dict.fromkeys(("image", "cross-attention", "feed-forward"), self.run.tokens)
         return {**image, "text": text, "joint": text + self.run.tokens}
 
+    def answer(self, moment: Moment, call: Call, given: dict[str, Any]) -> Todo:
+        return super().answer(moment if self.early is None else input_merge.known(moment, "merged_steps"), call, given)
+
     def plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:
+        if self.early is not None and merges(self.early, moment):
+            branch.past.times = []  # of a smaller picture nothing is remembered: the next step is full
+            return StepPlan(Mode.FULL, plain=tuple(range(len(self.sites))), merged=self.run.merged)
         lost = [entry for entry in self.processors.values() if entry[0].processor is not entry[1]]
         if lost and len(lost) == len(self.processors):
             raise RuntimeError(
@@ -164,6 +179,9 @@ class ModuleScope(Engine):
         return module_plan(self.config, self.merge, moment, branch.past, layout, tuple(range(len(self.sites))))
 
     def carry_out(self, plan: StepPlan, branch: Branch, moment: Moment, call: Call) -> Todo:
+        if self.early is not None and plan.merged and not plan.matched:
+            self.plain()
+            return input_merge.todo(input_merge.of(self.early, self.transformer, self.run, moment), call.latents)
         config, past, device, text = self.config, branch.past, call.latents.device, call.text.shape[1]
         if plan.mode is Mode.FULL:
             order = self.sites[0].order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
-from dit_accel import OutputCacheConfig
+from dit_accel import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig
 from dit_accel.clock import Moment
 from dit_accel.input_merge import InputMerge
 from tests.dit_accel import tiny_pipelines
@@ -272,6 +273,52 @@ def test_with_the_forecast_and_with_half_of_the_guidance():
         assert [c.step for c in report.calls if c.merged] == [0, 1, 4] and report.partial_steps == 3
 
 
+EARLY = OutputCacheConfig(interval=1, merged_steps=2)
+LATE = {
+    "cached": [TokenCacheConfig(interval=2, cache_ratio=0.5)],
+    "merged": [TokenMergeConfig(ratio=0.5, merge_mlp=True)],
+    "cached and merged": [TokenCacheConfig(interval=3, cache_ratio=0.5, selector="attention"), TokenMergeConfig(ratio=0.5)],
+    "packed": OutputCacheConfig(interval=2, compute_ratio=0.3, selector="drift"),
+    "packed afresh": OutputCacheConfig(interval=2, compute_ratio=0.3, selector="variance", attention="fresh"),
+}
+
+
+def heard(pipe, run):
+    """What the pipeline tells its transformer in a run, and what it gets."""
+    calls = []
+    hear = lambda module, args, kwargs, output: calls.append((args, kwargs, output))
+    handle = pipe.transformer.register_forward_hook(hear, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+def test_after_merged_steps_tokens_are_cached_merged_or_packed(name, late):
+    """The first two steps are those of merging alone; what comes after is what begins there without it."""
+    build, call = PIPELINES[name]
+    pipe, rest = build(), LATE[late]
+    both = [*rest, EARLY] if isinstance(rest, list) else replace(rest, merged_steps=2)
+    with dit_accel.applied(pipe, EARLY):
+        first = heard(pipe, lambda: call(pipe, steps=7))
+    with dit_accel.applied(pipe, both):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            found = heard(pipe, lambda: call(pipe, steps=7))
+        report = dit_accel.report(pipe)
+        assert sum(report.flops) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    if late != "merged":
+        modes = "full full " + ("full partial partial full partial" if "and" in late else "full partial full partial full")
+        assert [one.mode.value for one in report.calls] == modes.split()
+    assert all(torch.allclose(a[2][0], b[2][0], atol=1e-5) for a, b in zip(first[:2], found[:2], strict=True))
+    assert not torch.equal(first[3][2][0], found[3][2][0])
+    with torch.no_grad(), dit_accel.applied(pipe.transformer, rest):
+        for args, kwargs, output in found[2:]:
+            assert torch.allclose(pipe.transformer(*args, **kwargs)[0], output[0], atol=1e-4)
+
+
 def test_flops_are_those_of_the_run():
     build, call = PIPELINES["flux"]
     pipe = build()
@@ -282,12 +329,15 @@ def test_flops_are_those_of_the_run():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="merged_steps are about all tokens"):
-        OutputCacheConfig(merged_steps=2, compute_ratio=0.3)
+    with pytest.raises(ValueError, match="merged_keep are about all tokens"):
+        OutputCacheConfig(merged_steps=2, merged_keep=0.5, compute_ratio=0.3)
     with pytest.raises(ValueError, match="merged_side must be one of 2, 4"):
         OutputCacheConfig(merged_steps=2, merged_side=3)
     build, call = PIPELINES["flux"]
     pipe = build()
+    for other in (OutputCacheConfig(), replace(EARLY, merged_keep=0.5), replace(EARLY, interval=2)):
+        with pytest.raises(ValueError, match="says which steps see a smaller picture, and nothing else"):
+            dit_accel.apply(pipe, [TokenCacheConfig(), other])
     with dit_accel.applied(pipe, OutputCacheConfig(merged_steps=1)):
         with pytest.raises(ValueError, match="do not divide"):
             call(pipe, steps=4, height=48, width=48)
