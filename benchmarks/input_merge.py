@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent.parent
 PIPELINES, SPEEDS = ["emoji-flux", "emoji-pixart"], (2, 3, 4, 6)
 SCORES = ("emoji-reward", "judge", "judge:detail")
 KEPT = (2, 4)  # speeds at which some cells keep their tokens, too
+MOST = 6  # and from which on no larger cells are tried
 STEPS: dict[str, dict[str, Any]] = {
     "all cells merged": {},
     "all cells of 4 x 4 merged": {"merged_side": 4},
@@ -60,6 +61,8 @@ def settings(name: str) -> list[tuple[str, Any, float]]:
                 config = replace(one.config, merged_steps=full[:merged] or None)
                 label = f"recipe for {one.speedup:g}x, {merged} of {len(full)} full steps merged"
                 found.append((label, config, 1.0))
+                if one.speedup < MOST and 0 < merged <= (len(full) + 1) // 2:
+                    found.append((f"{label} by 4 x 4", replace(config, merged_side=4), 1.0))
                 if "flux" in name and one.speedup in KEPT and merged == (len(full) + 1) // 2:  # whole tokens beside merged ones
                     for share, selector in ((0.25, "variance"), (0.5, "variance"), (0.25, "random")):
                         kept = replace(config, merged_keep=share, selector=selector)
@@ -88,8 +91,10 @@ def measure(
                 made = denoise(pipe, [(prompt, noise_seed(prompt, 0))], size, lambda: None, applied=False)[0]
                 return made, dit_accel.report(pipe).flops_ratio if config is not None else None
 
-        for number, prompt in recording.left(rows, name, PROMPTS, prompts):
-            order = random.Random(number).sample(cells, len(cells))
+        for number, prompt in recording.left(rows, name, PROMPTS, prompts, [label for label, _, _ in cells]):
+            known = {row["setting"] for row in rows if row["pipeline"] == name and row["prompt"] == prompt}
+            missing = [cell for cell in cells if cell[0] not in known]
+            order = random.Random(number).sample(missing, len(missing))
             full = picture(prompt, None, 1.0)[0]
             made = [(label, side, *picture(prompt, config, side)) for label, config, side in order]
             seconds = (full.denoising_seconds + picture(prompt, None, 1.0)[0].denoising_seconds) / 2

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
@@ -54,11 +54,14 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def left(rows: list[dict[str, Any]], pipeline: str, prompts: list[str], count: int) -> Iterator[tuple[int, str]]:
-    """With progress, numbers and prompts of so many, spread over a set, of which a pipeline has no row yet."""
+def left(
+    rows: list[dict[str, Any]], pipeline: str, prompts: list[str], count: int, settings: Collection[str] = ()
+) -> Iterator[tuple[int, str]]:
+    """With progress, numbers and prompts of so many, spread over a set, of which a pipeline lacks rows, of some settings or all."""
     for number in track(range(count), description=pipeline):
         prompt = prompts[number * len(prompts) // count]
-        if not any(row["pipeline"] == pipeline and row["prompt"] == prompt for row in rows):
+        known = {row.get("setting") for row in rows if row["pipeline"] == pipeline and row["prompt"] == prompt}
+        if not known or not known >= set(settings):
             yield number, prompt
 
 

@@ -1,6 +1,7 @@
 """What models get that nothing could be measured on: an embedded pipeline's recipes to start from, or an error-controlled forecast.
 
     python benchmarks/starting.py recipes       # writes dit_accel/recipes/*.json, with the shape of an embedded pipeline's recipes
+    python benchmarks/starting.py transfer      # measures which shape goes over best from one embedded pipeline to the other
     python benchmarks/starting.py tolerances    # measures the TOLERANCES of dit_accel/recipe.py on the embedded pipelines
 
 `dit_accel.apply` fits the full steps to the noise levels of the run, warns that nothing was measured on the model, and says that
@@ -11,26 +12,34 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import recording
 import torch
 import typer
 from rich.progress import track
 
 import dit_accel
-from dit_accel import OutputCacheConfig
+from dit_accel import OutputCacheConfig, recipe
+from dit_accel.eval.fidelity import decibels, squared_error
 from dit_accel.eval.folder import write_json
 from dit_accel.eval.prompt_sets import read_prompt_set
 from dit_accel.pipelines.generation import denoise, settings_for, switched
 from dit_accel.pipelines.loading import load
 from dit_accel.pipelines.terminal import quiet
+from dit_accel.pipelines.tuning.search import BEST
+from dit_accel.pipelines.tuning.starts import spaced
 from dit_accel.recipe import SHIPPED, TOLERANCES, longest_interval
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 TRIED = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8)
-PROMPTS = read_prompt_set(Path(__file__).parent.parent / "pipelines" / "tuning" / "emoji.txt")[:4]
+ROOT = Path(__file__).parent.parent
+PROMPT_SET = ROOT / "pipelines" / "tuning" / "emoji.txt"
+PROMPTS = read_prompt_set(PROMPT_SET)[:4]
 # Model: the embedded pipeline with its kind of sampler, and what tells its transformer from others, from its config.json.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLUX.1-dev": (
@@ -63,6 +72,68 @@ def starting(model: str, folder: Path) -> dict[str, Any]:
 def shape(config: dict[str, Any]) -> dict[str, Any]:
     """What another model may have in common: all but the leads, which are fitted to the model that they were searched on."""
     return {name: value for name, value in config.items() if name != "lead"}
+
+
+def shapes(one: recipe.Recipe, steps: int) -> dict[str, Any]:
+    """What a recipe for a run of so many steps may hand on to another model, and what there is without one."""
+    config, count = one.config, len(one.config.full_steps or ())
+    full, bare = round(count * steps / len(one.levels)), {"sampler_steps": config.sampler_steps, "guidance_steps": None}
+    return {
+        "all but the leads": replace(one, config=OutputCacheConfig.from_dict(shape(config.to_dict()))),
+        "its full steps, forecast by a line": replace(one, config=OutputCacheConfig(full_steps=config.full_steps, **bare)),
+        "as many full steps, evenly": OutputCacheConfig(full_steps=spaced(steps, full, lambda share: share)),
+        "as many steps in all": OutputCacheConfig(interval=1, sampler_steps=full),
+    }
+
+
+@app.command()
+def transfer(
+    prompts: int = typer.Option(16, min=2, help="How many prompts, of those that recipes are searched on."),
+    output: Path = typer.Option(ROOT / "docs" / "data" / "transfer.json", help="File of the measurements."),
+    path: Path = typer.Option(ROOT / "docs" / "recipes.md", help="Page whose table is renewed."),
+) -> None:
+    """Try the recipes of one embedded pipeline on the other, whole and in part; print and keep the likeness of the pictures."""
+    torch.set_num_threads(1)
+    quiet()
+    rows, some = recording.rows_of(output), read_prompt_set(PROMPT_SET)[:prompts]
+    for name, other in (("emoji-flux", "emoji-pixart"), ("emoji-pixart", "emoji-flux")):
+        pipe = load(name, "float32")
+        settings = settings_for(pipe, name)
+        own = {one.speedup: one for one in recipe.read(SHIPPED / f"{name}.json")}
+        tried = [
+            (one.speedup, label, config)
+            for one in recipe.read(SHIPPED / f"{other}.json")
+            for label, config in {**shapes(one, settings.steps), "the recipe searched on it": own[one.speedup]}.items()
+        ]
+        for prompt in recording.left(rows, name, some, prompts):
+            call = [(prompt, some.index(prompt))]
+            whole = denoise(pipe, call, settings, lambda: None, applied=False)[0].image
+            for speedup, label, config in tried:
+                with switched(pipe, config):
+                    made = denoise(pipe, call, settings, lambda: None, applied=False)[0].image
+                    flops = dit_accel.report(pipe).flops_ratio
+                likeness = min(BEST, decibels(squared_error(whole, made)))
+                rows.append(
+                    {"pipeline": name, "prompt": prompt, "speedup": speedup, "shape": label, "flops": flops, "psnr": likeness}
+                )
+            recording.save(output, rows)
+    recording.renew(path, "benchmarks/starting.py transfer", transferred(pd.DataFrame(rows)))
+
+
+def transferred(rows: pd.DataFrame) -> list[str]:
+    """The table of what went over, in Markdown."""
+    speeds = sorted(rows["speedup"].unique())
+    lines = [
+        f"| on | of the other's recipe | {' | '.join(f'{speed:g}x' for speed in speeds)} |",
+        "| --- " * (2 + len(speeds)) + "|",
+    ]
+    for (name, label), part in rows.groupby(["pipeline", "shape"], sort=False):
+        cells = []
+        for speed in speeds:
+            own = part[part["speedup"] == speed]
+            cells.append(f"{own['psnr'].mean():.1f} ({own['flops'].median():.2f}x)")
+        lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
+    return lines
 
 
 @app.command()

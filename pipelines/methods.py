@@ -53,7 +53,8 @@ def _describe_output(part: OutputCacheConfig) -> str:
     else:
         when = f"N={part.interval}" if part.when is None else f"when {part.when}"
     order = part.order if isinstance(part.order, tuple) else (part.order,)
-    words = [when, f"{part.how} {'/'.join(map(str, order))}"]
+    early = ["early steps merged"] if part.merging else []
+    words = [when, *early, f"{part.how} {'/'.join(map(str, order))}"]
     if part.compute_ratio:
         words.append(f"computing {part.compute_ratio:g} {part.selector}, attention {part.attention}")
     return ", ".join(words)
