@@ -61,7 +61,7 @@ def settings(name: str) -> list[tuple[str, Any, float]]:
                 config = replace(one.config, merged_steps=full[:merged] or None)
                 label = f"recipe for {one.speedup:g}x, {merged} of {len(full)} full steps merged"
                 found.append((label, config, 1.0))
-                if one.speedup < MOST and 0 < merged <= (len(full) + 1) // 2:
+                if merged and one.speedup < MOST and merged == (1 if one.speedup < 4 else (len(full) + 1) // 2):
                     found.append((f"{label} by 4 x 4", replace(config, merged_side=4), 1.0))
                 if "flux" in name and one.speedup in KEPT and merged == (len(full) + 1) // 2:  # whole tokens beside merged ones
                     for share, selector in ((0.25, "variance"), (0.5, "variance"), (0.25, "random")):

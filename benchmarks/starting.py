@@ -37,6 +37,7 @@ from dit_accel.recipe import SHIPPED, TOLERANCES, longest_interval
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 TRIED = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8)
+SPEEDS = (2, 3, 4)
 ROOT = Path(__file__).parent.parent
 PROMPT_SET = ROOT / "pipelines" / "tuning" / "emoji.txt"
 PROMPTS = read_prompt_set(PROMPT_SET)[:4]
@@ -77,10 +78,10 @@ def shape(config: dict[str, Any]) -> dict[str, Any]:
 def shapes(one: recipe.Recipe, steps: int) -> dict[str, Any]:
     """What a recipe for a run of so many steps may hand on to another model, and what there is without one."""
     config, count = one.config, len(one.config.full_steps or ())
-    full, bare = round(count * steps / len(one.levels)), {"sampler_steps": config.sampler_steps, "guidance_steps": None}
+    full, bare = round(count * steps / len(one.levels)), OutputCacheConfig(sampler_steps=config.sampler_steps)
     return {
         "all but the leads": replace(one, config=OutputCacheConfig.from_dict(shape(config.to_dict()))),
-        "its full steps, forecast by a line": replace(one, config=OutputCacheConfig(full_steps=config.full_steps, **bare)),
+        "its full steps, forecast by a line": replace(one, config=replace(bare, full_steps=config.full_steps)),
         "as many full steps, evenly": OutputCacheConfig(full_steps=spaced(steps, full, lambda share: share)),
         "as many steps in all": OutputCacheConfig(interval=1, sampler_steps=full),
     }
@@ -103,6 +104,7 @@ def transfer(
         tried = [
             (one.speedup, label, config)
             for one in recipe.read(SHIPPED / f"{other}.json")
+            if one.speedup in SPEEDS
             for label, config in {**shapes(one, settings.steps), "the recipe searched on it": own[one.speedup]}.items()
         ]
         for prompt in recording.left(rows, name, some, prompts):
