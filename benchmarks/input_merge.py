@@ -47,6 +47,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "a quarter of the cells kept": {"merged_keep": 0.25, "selector": "variance"},
     "half of the cells kept": {"merged_keep": 0.5, "selector": "variance"},
 }
+# As fast as a recipe with merged steps, without them.
+PLAIN = {"emoji-pixart": {"three steps": OutputCacheConfig(sampler_steps=(0.0, 0.291, 0.4952), full_steps=(0, 1, 2), order=0)}}
 PROMPTS = read_prompt_set(ROOT / "eval" / "specs" / "compression.txt")
 Output = typer.Option(ROOT / "docs" / "data" / "input-merge.json", help="File of the measurements.")
 
@@ -57,7 +59,7 @@ def settings(name: str) -> list[tuple[str, Any, float]]:
     for one in recipe.read(recipe.SHIPPED / f"{name}.json"):
         if one.speedup in SPEEDS:
             full = one.config.full_steps or ()
-            for merged in sorted({0, 1, (len(full) + 1) // 2, len(full) - 1}):
+            for merged in sorted({0, 1, (len(full) + 1) // 2, len(full) - 1, len(one.config.merged_steps or ())}):
                 config = replace(one.config, merged_steps=full[:merged] or None)
                 label = f"recipe for {one.speedup:g}x, {merged} of {len(full)} full steps merged"
                 found.append((label, config, 1.0))
@@ -67,6 +69,7 @@ def settings(name: str) -> list[tuple[str, Any, float]]:
                     for share, selector in ((0.25, "variance"), (0.5, "variance"), (0.25, "random")):
                         kept = replace(config, merged_keep=share, selector=selector)
                         found.append((f"{label}, {share:.0%} of the cells kept by {selector}", kept, 1.0))
+    found += [(label, config, 1.0) for label, config in PLAIN.get(name, {}).items()]
     merging: Any = TokenMergeConfig(ratio=0.5, merge_cross_attention="pixart" in name, merge_mlp=True)
     return [*found, ("ToMe-SD, half of the tokens merged in every module", merging, 1.0), ("half the side, enlarged", None, 0.5)]
 

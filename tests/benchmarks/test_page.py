@@ -98,6 +98,9 @@ def test_the_closest_setting_that_reaches_a_speed_is_chosen():
     rows = [row("a", 1, 50, 1.2, 1.3, 9.0), row("a", 2, 30, 1.45, 1.46, 1.47), row("a", 3, 20, 2.9, 3.2, 3.1)]
     found = chosen([*rows, row("a", 4, 21, 2.1, 2.2, 2.3), row("b", 1, 60, 1.1, 1.2, 1.3)])
     assert [(one["setting"]["n"], one["targets"]) for one in found["a"]] == [(2, [1.5]), (4, [2.0]), (3, [2.5, 3.0])]
+    steps = [row("fewer steps", 7, 26, 2.92), row("fewer steps", 6, 25, 3.4), row("fewer steps", 5, 23, 4.0)]
+    few = chosen(steps)["fewer steps"]  # of 3x, those that nearly reach it, and those that surely do
+    assert [(one["setting"]["n"], one["targets"]) for one in few] == [(7, [1.5, 2.0, 2.5, 3.0]), (6, [3.0]), (5, [4.0])]
     assert found["b"] == []
 
 
