@@ -263,8 +263,8 @@ def leading(folder: Path, count: int) -> set[str]:
         psnr=lambda rows: rows["psnr"].clip(upper=BEST), near=lambda rows: -rows["squared_error"]
     )
     means, found = rows.groupby("method")[[SCORE, "psnr", "near"]].mean(), set[str]()
-    for target in TARGETS:
-        fast = means[speeds.median().reindex(means.index) >= NEARLY * target]
+    for target, share in itertools.product(TARGETS, (NEARLY, REACHED)):
+        fast = means[speeds.median().reindex(means.index) >= share * target]
         found |= {label for value in means for label in fast[value].nlargest(count).index}
     return found
 

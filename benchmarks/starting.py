@@ -107,7 +107,7 @@ def transfer(
             if one.speedup in SPEEDS
             for label, config in {**shapes(one, settings.steps), "the recipe searched on it": own[one.speedup]}.items()
         ]
-        for prompt in recording.left(rows, name, some, prompts):
+        for _, prompt in recording.left(rows, name, some, prompts):
             call = [(prompt, some.index(prompt))]
             whole = denoise(pipe, call, settings, lambda: None, applied=False)[0].image
             for speedup, label, config in tried:
