@@ -315,7 +315,8 @@ def recipes(
             for value, by_prompt in values.items():
                 found = mean_interval(by_prompt[label])
                 one["measured"][value] = [round(end, 4 if value == "ssim" else 2) for end in (found.mean, found.low, found.high)]
-        content["measured"] |= {"date": date.today().isoformat(), "machine": recording.processor(), "score": SCORE}
+        timed = json.loads((output / name / "seconds.json").read_text())
+        content["measured"] |= {"date": date.today().isoformat(), "machine": timed["machine"]["processor"], "score": SCORE}
         write_json(folder / f"{name}.json", content)
 
 

@@ -1,7 +1,7 @@
-"""What models get that nothing could be measured on: an embedded pipeline's recipes to start from, or an error-controlled forecast.
+"""What models get that nothing could be measured on: recipes to start from, or an error-controlled forecast.
 
-    python benchmarks/starting.py recipes       # writes dit_accel/recipes/*.json, with the shape of an embedded pipeline's recipes
     python benchmarks/starting.py transfer      # measures which shape goes over best from one embedded pipeline to the other
+    python benchmarks/starting.py recipes       # writes dit_accel/recipes/*.json, with that shape
     python benchmarks/starting.py tolerances    # measures the TOLERANCES of dit_accel/recipe.py on the embedded pipelines
 
 `dit_accel.apply` fits the full steps to the noise levels of the run, warns that nothing was measured on the model, and says that
@@ -37,11 +37,11 @@ from dit_accel.recipe import SHIPPED, TOLERANCES, longest_interval
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 TRIED = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8)
-SPEEDS = (2, 3, 4)
+SPEEDS, SHORTER = (2, 3, 4), 3  # at which speeds shapes are compared, and from which fewer steps are a recipe
 ROOT = Path(__file__).parent.parent
 PROMPT_SET = ROOT / "pipelines" / "tuning" / "emoji.txt"
 PROMPTS = read_prompt_set(PROMPT_SET)[:4]
-# Model: the embedded pipeline with its kind of sampler, and what tells its transformer from others, from its config.json.
+# Model: the embedded pipeline with its number of steps and kind of sampler, and what tells its transformer from others.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLUX.1-dev": (
         "emoji-flux",
@@ -58,21 +58,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def starting(model: str, folder: Path) -> dict[str, Any]:
-    """The file of a model's recipes, from that of the embedded pipeline in a folder."""
+    """The file of a model's recipes: what went over best between the embedded pipelines, see docs/recipes.md.
+
+    That is evenly spaced full steps and a line; from SHORTER on, where the sampler is of second order, fewer steps.
+    """
     source, transformer = MODELS[model]
     measured = json.loads((folder / f"{source}.json").read_text())
+    steps, found = len(measured["levels"]), []
+    for speedup in (one["speedup"] for one in measured["recipes"]):
+        count = math.floor(steps / speedup)
+        config: dict[str, Any] = {"full_steps": list(spaced(steps, count, lambda share: share))}
+        if source == "emoji-pixart" and speedup >= SHORTER:
+            config = {"sampler_steps": count, "full_steps": [*range(count)], "order": 0}
+        found.append({"speedup": speedup, "config": config})
     return {
         "model": model,
         "transformer": transformer,
-        "shape": f"that of {source}'s recipes; not measured on this model",
+        "shape": "what went over best between emoji-flux and emoji-pixart; not measured on this model",
         "levels": measured["levels"],
-        "recipes": [{"speedup": one["speedup"], "config": shape(one["config"])} for one in measured["recipes"]],
+        "recipes": found,
     }
-
-
-def shape(config: dict[str, Any]) -> dict[str, Any]:
-    """What another model may have in common: all but the leads, which are fitted to the model that they were searched on."""
-    return {name: value for name, value in config.items() if name != "lead"}
 
 
 def shapes(one: recipe.Recipe, steps: int) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def shapes(one: recipe.Recipe, steps: int) -> dict[str, Any]:
     config, count = one.config, len(one.config.full_steps or ())
     full, bare = round(count * steps / len(one.levels)), OutputCacheConfig(sampler_steps=config.sampler_steps)
     return {
-        "all but the leads": replace(one, config=OutputCacheConfig.from_dict(shape(config.to_dict()))),
+        "all but the leads": replace(one, config=replace(config, lead=0.0)),
         "its full steps, forecast by a line": replace(one, config=replace(bare, full_steps=config.full_steps)),
         "as many full steps, evenly": OutputCacheConfig(full_steps=spaced(steps, full, lambda share: share)),
         "as many steps in all": OutputCacheConfig(interval=1, sampler_steps=full),
