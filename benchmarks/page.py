@@ -68,7 +68,7 @@ class Quality:
         self.leaders = self.summary(some, names) if more else self.table
         self.values = {"score": per_prompt(some, SCORE), "psnr": -per_prompt(some, "squared_error")}
         self.values["decibels"] = per_prompt(some.assign(psnr=some["psnr"].clip(upper=BEST)), "psnr")
-        self.bests = {value: self.best(value, self.leaders) for value in self.values}
+        self.bests = {value: self.compared(self.best(value, self.leaders), value) for value in self.values}
         self.makers = self.best("score", self.table)
         self.pictures, self.more = pictures(every), pictures(some) if more else ""
         self.intervals = [interval(rows) for rows in (every, some)]
@@ -98,7 +98,7 @@ class Quality:
         """For every target, the best method of each maker among those of a table that reach it on the prompts compared.
 
         Args:
-            value: one of `values`: what the best is best at, and ours and the best of all others are compared in, paired.
+            value: one of `values`: what the best is best at.
         """
         found = []
         for target in TARGETS:
@@ -107,14 +107,19 @@ class Quality:
                 own = table[(table["by"] == maker) & (table["kind"] != "full")]
                 own = own[own["speedup"] >= REACHED * target]
                 row[maker] = own.sort_values(value).iloc[-1] if len(own) else None
+            found.append(row)
+        return found
+
+    def compared(self, best: list[dict[str, Any]], value: str) -> list[dict[str, Any]]:
+        """These rows, with ours and the best of all others compared in that value, paired over the leaders' pictures."""
+        for row in best:
             ours = row["dit-accel"]
             others = [row[maker] for maker in MAKERS if maker != "dit-accel" and row[maker] is not None]
             if ours is not None and others:
                 rival = max(others, key=lambda other: other[value])
                 pair = self.values[value][[ours.name, rival.name]]
                 row |= {"ours": ours, "rival": rival, "against": compare(pair, rival.name, margin=MARGIN).iloc[0]}
-            found.append(row)
-        return found
+        return best
 
     def figure(self) -> Figure:
         """Score and PSNR against the measured speed-up, a line for every method, the front drawn through."""

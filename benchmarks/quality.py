@@ -306,7 +306,7 @@ def recipes(
             own = times[times["method"] == label]
             if own.empty:
                 continue
-            seconds = full.groupby("round")["denoising_seconds"].mean() / own.groupby("round")["denoising_seconds"].mean()
+            seconds = full.set_index("round")["denoising_seconds"] / own.set_index("round")["denoising_seconds"]
             one["measured"] = {
                 "flops": round(full["flops"].iloc[0] / own["flops"].iloc[0], 3),
                 "seconds": round(float(seconds.median()), 3),
