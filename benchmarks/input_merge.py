@@ -95,8 +95,7 @@ def measure(
                 return made, dit_accel.report(pipe).flops_ratio if config is not None else None
 
         for number, prompt in recording.left(rows, name, PROMPTS, prompts, [label for label, _, _ in cells]):
-            known = {row["setting"] for row in rows if row["pipeline"] == name and row["prompt"] == prompt}
-            missing = [cell for cell in cells if cell[0] not in known]
+            missing = [cell for cell in cells if cell[0] not in recording.known(rows, name, prompt)]
             order = random.Random(number).sample(missing, len(missing))
             full = picture(prompt, None, 1.0)[0]
             made = [(label, side, *picture(prompt, config, side)) for label, config, side in order]

@@ -296,7 +296,8 @@ def recipes(
     for name in pipelines:
         parts = [pd.read_parquet(path) for path in sorted((output / name / "pictures").glob("recipe*.parquet"))]
         table = by_all(pd.concat(parts, ignore_index=True))
-        times = pd.DataFrame(recording.rows_of(output / name / "seconds.json"))
+        timed = json.loads((output / name / "seconds.json").read_text())
+        times = pd.DataFrame(timed["rows"])
         values = {"psnr": per_prompt(table.assign(psnr=table["psnr"].clip(upper=BEST)), "psnr")}
         values |= {"ssim": per_prompt(table, "ssim"), "score": per_prompt(table, SCORE)}
         full = times[times["method"] == FULL]
@@ -315,7 +316,6 @@ def recipes(
             for value, by_prompt in values.items():
                 found = mean_interval(by_prompt[label])
                 one["measured"][value] = [round(end, 4 if value == "ssim" else 2) for end in (found.mean, found.low, found.high)]
-        timed = json.loads((output / name / "seconds.json").read_text())
         content["measured"] |= {"date": date.today().isoformat(), "machine": timed["machine"]["processor"], "score": SCORE}
         write_json(folder / f"{name}.json", content)
 

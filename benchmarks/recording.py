@@ -54,14 +54,18 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
+def known(rows: list[dict[str, Any]], pipeline: str, prompt: str) -> set[Any]:
+    """The settings of which a pipeline has a row of this prompt; {None} where rows have no setting."""
+    return {row.get("setting") for row in rows if row["pipeline"] == pipeline and row["prompt"] == prompt}
+
+
 def left(
     rows: list[dict[str, Any]], pipeline: str, prompts: list[str], count: int, settings: Collection[str] = ()
 ) -> Iterator[tuple[int, str]]:
     """With progress, numbers and prompts of so many, spread over a set, of which a pipeline lacks rows, of some settings or all."""
     for number in track(range(count), description=pipeline):
         prompt = prompts[number * len(prompts) // count]
-        known = {row.get("setting") for row in rows if row["pipeline"] == pipeline and row["prompt"] == prompt}
-        if not known or not known >= set(settings):
+        if not (there := known(rows, pipeline, prompt)) or not there >= set(settings):
             yield number, prompt
 
 

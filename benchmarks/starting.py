@@ -98,7 +98,7 @@ def transfer(
     output: Path = typer.Option(ROOT / "docs" / "data" / "transfer.json", help="File of the measurements."),
     path: Path = typer.Option(ROOT / "docs" / "recipes.md", help="Page whose table is renewed."),
 ) -> None:
-    """Try the recipes of one embedded pipeline on the other, whole and in part; print and keep the likeness of the pictures."""
+    """Try the recipes of one embedded pipeline on the other, whole and in part, and keep how like the pictures are."""
     torch.set_num_threads(1)
     quiet()
     rows, some = recording.rows_of(output), read_prompt_set(PROMPT_SET)[:prompts]
@@ -112,8 +112,8 @@ def transfer(
             if one.speedup in SPEEDS
             for label, config in {**shapes(one, settings.steps), "the recipe searched on it": own[one.speedup]}.items()
         ]
-        for _, prompt in recording.left(rows, name, some, prompts):
-            call = [(prompt, some.index(prompt))]
+        for number, prompt in recording.left(rows, name, some, prompts):
+            call = [(prompt, number)]
             whole = denoise(pipe, call, settings, lambda: None, applied=False)[0].image
             for speedup, label, config in tried:
                 with switched(pipe, config):

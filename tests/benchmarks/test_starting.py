@@ -16,7 +16,8 @@ import dit_accel
 from dit_accel import OutputCacheConfig
 from dit_accel.recipe import SHIPPED, Recipe
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
 
 from recording import left  # noqa: E402
 from starting import MODELS, shapes, starting, transferred  # noqa: E402
@@ -65,6 +66,11 @@ def test_what_may_go_over_to_another_model():
         for label, speedup, psnr in (("a", 2.0, 20.0), ("a", 2.0, 22.0), ("b", 2.0, 30.0), ("a", 3.0, 10.0), ("b", 3.0, 11.0))
     )
     assert transferred(rows)[2:] == ["| p | a | 21.0 (2.00x) | 10.0 (2.00x) |", "| p | b | 30.0 (2.00x) | 11.0 (2.00x) |"]
+
+
+def test_the_page_says_what_went_over():
+    rows = json.loads((ROOT / "docs" / "data" / "transfer.json").read_text())["rows"]
+    assert "\n".join(transferred(pd.DataFrame(rows))) in (ROOT / "docs" / "recipes.md").read_text()
 
 
 def test_settings_that_are_new_are_measured_of_prompts_that_are_known():
