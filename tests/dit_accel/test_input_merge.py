@@ -319,6 +319,25 @@ def test_after_merged_steps_tokens_are_cached_merged_or_packed(name, late):
             assert torch.allclose(pipe.transformer(*args, **kwargs)[0], output[0], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("config", "modes"),
+    [
+        ([TokenCacheConfig(interval=3, cache_ratio=0.5), replace(EARLY, merged_steps=(0, 2))], "FFFFPPF"),
+        (OutputCacheConfig(full_steps=(0, 1, 2, 5), compute_ratio=0.3, selector="drift", merged_steps=(0, 2)), "FFFFPFP"),
+        (OutputCacheConfig(interval=3, compute_ratio=0.3, selector="drift", merged_steps=(0, 2), tolerance=9.0), "FFFFFFP"),
+    ],
+)
+def test_after_a_merged_step_in_the_middle_the_next_one_is_full(config, modes):
+    """With a tolerance every step is full until one has two others before it, from which its own forecast's error is known."""
+    build, call = PIPELINES["flux"]
+    pipe = build()
+    with dit_accel.applied(pipe, config):
+        assert call(pipe, steps=7).isfinite().all()
+        report = dit_accel.report(pipe)
+    assert "".join(one.mode.value[0].upper() for one in report.calls) == modes
+    assert [one.step for one in report.calls if one.merged] == [0, 2]
+
+
 def test_flops_are_those_of_the_run():
     build, call = PIPELINES["flux"]
     pipe = build()

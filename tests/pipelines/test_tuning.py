@@ -113,6 +113,8 @@ def test_a_faster_start_is_thinned_out_of_a_slower_recipe():
     assert thin.dampings == tuple(one.dampings[one.steps.index(step)] for step in thin.steps)
     assert thin.leads == tuple(one.leads[one.steps.index(step)] for step in thin.steps)
     assert thin.guided == tuple(step for step in thin.steps if step in one.guided)
+    early = fewer(replace(one, merged=3), 3)
+    assert early.merged == sum(step in one.steps[:3] for step in early.steps) < 3, "the same steps stay merged"
 
 
 class Known:
