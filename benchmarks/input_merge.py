@@ -38,7 +38,14 @@ from dit_accel.pipelines.tuning.search import BEST
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 ROOT = Path(__file__).parent.parent
 PIPELINES, SPEEDS = ["emoji-flux", "emoji-pixart"], (2, 3, 4, 6)
-SCORES = ("emoji-reward", "judge", "judge:detail")
+SCORES = {  # beside those of the full run, and their columns
+    "emoji-reward": "score",
+    "judge": "all right",
+    "judge:object": "object",
+    "judge:background": "background",
+    "judge:places": "places",
+    "judge:detail": "small strokes, log-odds",
+}
 KEPT = (2, 4)  # speeds at which some cells keep their tokens, too
 MOST = 6  # and from which on no larger cells are tried
 STEPS: dict[str, dict[str, Any]] = {
@@ -66,7 +73,13 @@ def settings(name: str) -> list[tuple[str, Any, float]]:
                 if merged and one.speedup < MOST and merged == (1 if one.speedup < 4 else (len(full) + 1) // 2):
                     found.append((f"{label} by 4 x 4", replace(config, merged_side=4), 1.0))
                 if "flux" in name and one.speedup in KEPT and merged == (len(full) + 1) // 2:  # whole tokens beside merged ones
-                    for share, selector in ((0.25, "variance"), (0.5, "variance"), (0.25, "random")):
+                    for share, selector in (
+                        (0.25, "variance"),
+                        (0.5, "variance"),
+                        (0.25, "random"),
+                        (0.25, "attention"),
+                        (0.25, "drift"),
+                    ):
                         kept = replace(config, merged_keep=share, selector=selector)
                         found.append((f"{label}, {share:.0%} of the cells kept by {selector}", kept, 1.0))
     found += [(label, config, 1.0) for label, config in PLAIN.get(name, {}).items()]
@@ -153,10 +166,8 @@ def width_table(rows: pd.DataFrame) -> list[str]:
 
 def table(rows: pd.DataFrame, order: list[str]) -> list[str]:
     """In Markdown."""
-    lines = [
-        "| | by FLOPs | measured | PSNR, dB | score beside the full run's | right by the judge | small strokes, log-odds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ["", "by FLOPs", "measured", "PSNR, dB", *SCORES.values()]
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
     for label in order:
         some = rows[rows["setting"] == label]
         likeness = mean_interval(some["psnr"])

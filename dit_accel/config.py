@@ -199,8 +199,8 @@ class OutputCacheConfig(Options):
     )
     merged_keep: float = option(
         0.0,
-        "Share of the merged cells whose tokens stay whole after the first full step (FLUX), chosen by the selector: variance, of "
-        "what is known of the picture, or any that observes nothing else.",
+        "Share of the merged cells whose tokens stay whole (FLUX), chosen by the selector from what full steps before showed of "
+        "the picture: after the first; by drift, which compares two, after the second.",
         0,
         1,
     )

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dit_accel import spaces, which
+from dit_accel import spaces, store, which
 from dit_accel.clock import ARGUMENTS, Moment
 from dit_accel.config import OutputCacheConfig
+from dit_accel.families.rows import Family
+from dit_accel.packed import Packed
 from dit_accel.plan import Todo
-from dit_accel.store import sent
+from dit_accel.steps import Memory
+from dit_accel.tokens import OBSERVED, refuse_unobserved
 
 PACKED = ("FluxTransformer2DModel",)  # latents in rows of 2 x 2 places, with ids of the rows' places
 UNKNOWN = ((0.5, 0.5),), "flow_prediction"  # levels, where only work is counted
@@ -128,15 +130,17 @@ class InputMerge:
         picture = self._places(latents, self.grid)
         return self._rows(F.avg_pool2d(picture.flatten(1, -3), self.side).unflatten(1, picture.shape[1:-2]))
 
-    def keeping(self, count: int, config: OutputCacheConfig, outputs: Sequence[list[Any]], latents: Any) -> InputMerge:
-        """With so many cells whole, by the picture that the last full step's output implies now."""
-        if not count:
-            return self
-        picture = latents
-        if outputs:  # of which a copy that counts FLOPs has none
-            (last, *_), numbers = outputs[0], spaces.IMPLIED[self.moment.predicts](*self.levels)
-            picture = last if config.space == "data" else spaces.implied(last, latents, numbers)
-        return replace(self, cells=cells_to_keep(config, picture, self.grid, count, self.moment.step))
+    def keeping(self, count: int, config: OutputCacheConfig, known: Known, latents: Any) -> InputMerge:
+        """With so many cells whole, by what is known of the picture."""
+        return replace(self, cells=cells_to_keep(config, known, latents, self.grid, count, self.moment.step)) if count else self
+
+    def by_token(self, seen: torch.Tensor) -> torch.Tensor:
+        """Of numbers for the tokens of this call, [B, S], one for every token of the picture, [B, N]: as of its cell's."""
+        whole, merged = self.cells or (None, torch.arange(seen.shape[1], device=seen.device))
+        rows = [self.rows_of(cells) for cells in (whole, merged) if cells is not None]
+        count = seen.shape[1] - len(merged)
+        values = torch.cat([seen[:, :count], seen[:, count:].repeat_interleave(self.side**2, 1)], 1)
+        return torch.empty_like(values).index_copy(1, torch.cat(rows), values)
 
     def rows_of(self, cells: torch.Tensor) -> torch.Tensor:
         """Numbers of the tokens of cells, cell by cell."""
@@ -165,35 +169,67 @@ class InputMerge:
         return torch.flatten(parts.permute(0, 2, 4, 1, 3, 5).flatten(3, 5), 1, 2)
 
 
+@dataclass
+class Known:
+    """What full steps of a guidance branch showed of the picture, for the selector of the cells that stay whole.
+
+    Attributes:
+        pictures: that the last two of them implied, newest first; times: theirs.
+        memory: what of their attention is observed, token by token.
+    """
+
+    pictures: list[list[Any]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+
+    def enough(self, config: OutputCacheConfig) -> bool:
+        """Whether cells can be chosen: to tell what changed takes two pictures."""
+        return len(self.pictures) > ("last_tokens" in which.get(config.selector).needs)
+
+    def remember(self, moment: Moment, merge: InputMerge | None, output: torch.Tensor, latents: torch.Tensor) -> None:
+        """A full step, merged or not, whose output for the scheduler this is."""
+        picture = spaces.implied(output, latents, spaces.IMPLIED[moment.predicts](*moment.levels[moment.step]))
+        store.push(self.pictures, self.times, moment.time, [picture], 1)
+        if merge is not None:
+            self.memory.observed = {name: merge.by_token(seen) for name, seen in self.memory.observed.items()}
+
+
 def cells_to_keep(
-    config: OutputCacheConfig, picture: torch.Tensor, grid: tuple[int, int], count: int, step: int
+    config: OutputCacheConfig, known: Known, latents: torch.Tensor, grid: tuple[int, int], count: int, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of so many cells whose tokens score highest on average, in all of the batch, and of the others; both ascending.
 
+    The last picture takes the place of a layer's tokens, and the one before of those when they were last computed.
+
     Args:
-        picture: what the last output implies, [B, N, C], in place of a layer's tokens.
+        latents: [B, N, C], in place of pictures for a copy that counts FLOPs, which knows none.
         grid: rows and columns of the tokens.
     """
     side, (height, width) = config.merged_side, grid
     noise = torch.rand(1, height * width, generator=torch.Generator().manual_seed(100_003 * config.seed + step))
-    ages = torch.zeros(1, height * width, device=picture.device)
+    ages = torch.zeros(1, height * width, device=latents.device)
     where = SimpleNamespace(layer=0, stream="image", step=step)
-    context = which.SelectionContext(picture, ages, sent(noise, picture.device), count * side**2, grid, 0, where)
-    scores = which.scored(which.get(config.selector), config.selector, context, len(picture)).float().mean(0)
+    tokens, last = ([*(picture for (picture,) in known.pictures), latents, latents])[:2]
+    observed = {**dict.fromkeys(OBSERVED, ages), "last_tokens": last, **known.memory.observed}
+    context = which.SelectionContext(tokens, ages, store.sent(noise, tokens.device), count * side**2, grid, 0, where, observed)
+    scores = which.scored(which.get(config.selector), config.selector, context, len(tokens)).float().mean(0)
     order = F.avg_pool2d(scores.view(1, height, width), side).flatten().argsort(descending=True)
     return order[:count].sort().values, order[count:].sort().values
 
 
-def refuse_whole(config: OutputCacheConfig, name: str) -> None:
-    """TypeError or ValueError if this transformer cannot have whole tokens beside merged ones, or not by this selector."""
-    needs = sorted(which.get(config.selector).needs)
-    if config.merged_keep and name not in PACKED:
+def observer(config: OutputCacheConfig, transformer: Any, family: Family | None) -> Packed | None:
+    """What looks at attention for the selector of cells, if that needs it.
+
+    Raises:
+        TypeError, ValueError: if this transformer cannot have whole tokens beside merged ones, or not by this selector.
+    """
+    if not config.merged_keep:
+        return None
+    name = type(transformer).__name__
+    if name not in PACKED or family is None:
         raise TypeError(f"The positions of {name} do not allow merged tokens beside whole ones: leave merged_keep out.")
-    if config.merged_keep and needs:
-        fitting = ", ".join(one for one in which.selectors() if not which.get(one).needs)
-        raise ValueError(
-            f"The selector {config.selector!r} needs {', '.join(needs)}, not observed of cells; choose one of {fitting}."
-        )
+    needs = refuse_unobserved(config.selector, "of cells")
+    return Packed(transformer, family, needs=needs) if needs else None
 
 
 def prepare(run: Any, transformer: Any, latents: Any, grid: tuple[int, int, int], side: int) -> None:

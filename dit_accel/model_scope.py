@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from dit_accel import input_merge, spaces, store, which
+from dit_accel import input_merge, spaces, store
 from dit_accel.clock import Call, Moment
 from dit_accel.config import OutputCacheConfig, each
 from dit_accel.engine import Engine
 from dit_accel.families.rows import UNCONDITIONAL_FIRST
 from dit_accel.families.table import lookup
+from dit_accel.input_merge import Known
 from dit_accel.packed import During, Packed
-from dit_accel.plan import Past, StepPlan, Todo, difference, forecast, guided, merges, rule, step_plan
+from dit_accel.plan import Past, StepPlan, Todo, difference, forecast, guided, keeps_ahead, merges, rule, step_plan
 from dit_accel.recipe import Recipe
 from dit_accel.steps import Memory, Partial
 from dit_accel.subset import subset_check
-from dit_accel.tokens import Selection
+from dit_accel.tokens import Selection, refuse_unobserved
 from dit_accel.when import Mode, Progress
 
 UNCONDITIONAL = ("uncond", "pred_uncond", "neg")  # how the names of such branches begin
-OBSERVED = frozenset({"last_tokens", "attention", "key_norms", "value_norms"})
 
 
 @dataclass
@@ -44,11 +44,13 @@ class Branch:
     conditional: tuple[int, Mode, list[Any]] | None = None  # that of the other branch
     tokens: Memory = field(default_factory=Memory)  # instead of outputs, where some tokens are computed
     selection: Selection | None = None  # of them
+    known: Known = field(default_factory=Known)  # for the selector of cells
     spec: TreeSpec | None = None  # the nest of an output's leaves
 
     def kept(self) -> Any:
         tokens = self.tokens
-        return self.outputs, self.differences, self.added, self.latest, (tokens.outputs, tokens.features, tokens.observed)
+        cells = self.known.pictures, self.known.memory.observed
+        return self.outputs, self.differences, self.added, self.latest, (tokens.outputs, tokens.features, tokens.observed), cells
 
 
 class ModelScope(Engine):
@@ -65,26 +67,27 @@ class ModelScope(Engine):
         self.order = UNCONDITIONAL_FIRST if family is None else family.batched_guidance  # of guidance in one batch
         if config.merging and family is None:
             raise TypeError(f"The picture of {name} cannot be merged: its tokens are not described. Leave merged_steps out.")
-        input_merge.refuse_whole(config, name)
+        self.observer = input_merge.observer(config, transformer, family)
         if config.compute_ratio:
             if family is None:
                 raise TypeError(f"No tokens of {name} can be selected: its blocks are not described. Set compute_ratio=0.")
-            if missing := sorted(which.get(config.selector).needs - OBSERVED):
-                fitting = ", ".join(name for name in which.selectors() if which.get(name).needs <= OBSERVED)
-                raise ValueError(
-                    f"The selector {config.selector!r} needs {', '.join(missing)}, not observed at model scope; choose one of "
-                    f"{fitting}."
-                )
-            self.packed = Packed(transformer, family, config.attention, which.get(config.selector).needs - {"last_tokens"})
+            needs = refuse_unobserved(config.selector, "at model scope")
+            self.packed = Packed(transformer, family, config.attention, needs)
 
     def attach(self) -> None:
         if self.packed is not None:
             subset_check(self.transformer, self.packed.family)
-            self.packed.attach()
+        self._attach()
+
+    def _attach(self) -> None:
+        for part in (self.packed, self.observer):
+            if part is not None:
+                part.attach()
 
     def detach(self) -> None:
-        if self.packed is not None:
-            self.packed.detach()
+        for part in (self.packed, self.observer):
+            if part is not None:
+                part.detach()
 
     def settings(self) -> str:
         return f"{self.config.attention} {self.config.selector}"
@@ -92,8 +95,7 @@ class ModelScope(Engine):
     def twin(self, transformer: Any) -> Engine:
         other = ModelScope(self.config, transformer)
         other.run = self.run
-        if other.packed is not None:
-            other.packed.attach()  # what was checked already
+        other._attach()  # what was checked already
         return other
 
     def begin(self, moment: Moment, call: Call, given: dict[str, Any]) -> None:
@@ -142,11 +144,14 @@ class ModelScope(Engine):
 
     def plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:
         plan = self._plan(branch, moment, call)
-        if plan.mode is not Mode.FULL or not merges(self.config, moment):
+        if plan.mode is not Mode.FULL or not self.config.merging:
+            return plan
+        plan = replace(plan, ahead=keeps_ahead(self.config, moment))
+        if not merges(self.config, moment):
             return plan
         less = self.config.merged_side**2 - 1
         cells = self.run.merged // less
-        kept = round(self.config.merged_keep * cells) if branch.past.times else 0  # before, nothing is known of the picture
+        kept = round(self.config.merged_keep * cells) if branch.known.enough(self.config) else 0
         return replace(plan, merged=(cells - kept) * less)
 
     def _plan(self, branch: Branch, moment: Moment, call: Call) -> StepPlan:
@@ -182,9 +187,11 @@ class ModelScope(Engine):
         if plan.merged:
             merge = input_merge.of(config, self.transformer, self.run, self.latest or moment)
             whole = (self.run.merged - plan.merged) // (config.merged_side**2 - 1)
-            merge = merge.keeping(whole, config, branch.outputs, call.latents)
+            merge = merge.keeping(whole, config, branch.known, call.latents)
             half, shrink = change or (lambda nest: nest), torch.compiler.disable(merge.shrink)
             change = lambda nest: half(shrink(nest))  # noqa: E731
+        if plan.ahead and self.observer is not None:
+            within = self.observer.look(branch.known.memory, math.prod(self.run.grid) - plan.merged)
         if plan.rows and self.packed is not None and branch.conditional is None:
             if merge is not None:  # of a smaller picture no token is remembered
                 branch.tokens, branch.selection = Memory(), None
@@ -206,6 +213,8 @@ class ModelScope(Engine):
                 self.selections.append((len(self.calls) - 1, "image", 0, torch.atleast_2d(within.call.index).cpu()))
             if merge is not None:
                 leaves = [merge.enlarge(leaves[0], call.latents), *leaves[1:]]
+            if plan.ahead:
+                branch.known.remember(self.latest or moment, merge, leaves[0], call.latents)
             leaves = self._answer(plan, branch, moment, call, leaves)
             branch.conditional = None
             if 0 < moment.branch == max(self.branches):  # nobody asks any more
@@ -280,7 +289,7 @@ class ModelScope(Engine):
         past.next_full = moment.step + self.rule(progress)
 
     def free(self, branch: Branch) -> None:
-        branch.outputs, branch.differences, branch.tokens, branch.selection = [], [], Memory(), None
+        branch.outputs, branch.differences, branch.tokens, branch.selection, branch.known = [], [], Memory(), None, Known()
         branch.past = Past(number=branch.past.number)
         if len(self.branches) == 1:  # otherwise the other one asks for these
             branch.latest = branch.added = None

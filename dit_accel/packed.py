@@ -19,7 +19,7 @@ from diffusers.hooks import ModelHook
 
 from dit_accel import fresh, hook
 from dit_accel.families.rows import Family, Stack
-from dit_accel.steps import Block, Full, Index, Memory, Partial
+from dit_accel.steps import Block, Full, Index, Look, Memory, Partial
 
 HOOK = "dit_accel_packed"
 
@@ -43,7 +43,7 @@ class _Part(ModelHook):  # type: ignore[misc]
 class During(contextlib.AbstractContextManager[None]):
     """Inside, a call is carried out. No generator, which torch.compile refuses wherever it meets one."""
 
-    def __init__(self, packed: Packed, call: Full | Partial) -> None:
+    def __init__(self, packed: Packed, call: Look | Partial) -> None:
         self.packed, self.call = packed, call
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -70,7 +70,7 @@ class Packed:
             what, otherwise = ("computed afresh", fresh.STALE) if attention == "fresh" else ("looked at", fresh.UNSEEN)
             raise ValueError(f"Attention of {family.transformer} cannot be {what}: {family.stale_only}; {otherwise}.")
         self.transformer, self.family, self.attention, self.needs = transformer, family, attention, needs
-        self.call: Full | Partial | None = None
+        self.call: Look | Partial | None = None
         self.last = sum(len(getattr(transformer, stack.blocks)) for stack in family.stacks) - 1
         self._undo: list[Any] = []
 
@@ -87,6 +87,11 @@ class Packed:
         """
         memory.begin(tokens, pictures)
         return During(self, Full(self.family, self.attention, self.needs, memory, time, most))
+
+    def look(self, memory: Memory, tokens: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, the transformer's call is stock, of so many tokens; what is observed of its attention is remembered alone."""
+        memory.begin(tokens, 0)
+        return During(self, Look(self.needs, memory))
 
     def partial(self, memory: Memory, index: Index, weights: Sequence[float]) -> contextlib.AbstractContextManager[None]:
         """Inside, the transformer's call computes the selected tokens; nothing is read from the device.

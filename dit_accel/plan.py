@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ class StepPlan:
     plain: tuple[int, ...] = ()  # sites, by their place, that are computed as if nothing were applied
     merged: int = 0  # image tokens merged into others in every merging layer
     matched: tuple[Matched, ...] = ()  # how, layer by layer
+    ahead: bool = False  # whether cells that stay whole on a later step are chosen by what this full step shows
     correction: tuple[float, ...] = ()  # of a full step's output and of what is remembered, newest first, to be added to it
 
 
@@ -213,6 +214,12 @@ def merges(config: OutputCacheConfig, moment: Moment) -> bool:
         return listed
     alpha, sigma = moment.levels[moment.step]
     return sigma / (alpha + sigma) > above  # the noise level of flow matching; elsewhere what it would be
+
+
+def keeps_ahead(config: OutputCacheConfig, moment: Moment) -> bool:
+    """Whether a later step merges some cells and keeps others."""
+    later = range(moment.step + 1, len(moment.times))
+    return bool(config.merged_keep) and any(merges(config, replace(moment, step=step)) for step in later)
 
 
 def guided(steps: tuple[int, ...] | int, step: int, number: int) -> bool:

@@ -55,18 +55,53 @@ class Block:
     names: tuple[str, ...]
 
 
-class Full:
-    """A full step: the stock forward, remembered."""
+class Look:
+    """A full step whose attention is looked at for a selector."""
 
-    def __init__(self, family: Family, attention: str, needs: frozenset[str], memory: Memory, time: float, most: int) -> None:
-        self.family, self.fresh, self.needs, self.memory = family, attention == "fresh", needs, memory
-        self.time, self.most = time, most
-        self.rows: Any = None  # of the head
+    def __init__(self, needs: frozenset[str], memory: Memory) -> None:
+        self.needs, self.memory = needs, memory
         self.seen: dict[str, list[torch.Tensor]] = {name: [] for name in needs}  # mixer by mixer
 
     def end(self) -> None:
-        """Remember the output; outside of any compiled graph, which would hold for this one time alone."""
+        """Remember the mean over the mixers."""
         self.memory.observed = {name: torch.stack(seen).mean(dim=0) for name, seen in self.seen.items()}
+
+    def before(self, block: Block, given: dict[str, Any]) -> None:
+        """Blocks get what they are given."""
+
+    def after(self, block: Block, output: Any) -> None:
+        """The output stays as it is."""
+
+    def look(self, given: fresh.Given, text_last: bool) -> None:
+        for name, seen in self.seen.items():
+            seen.append(self._image(fresh.observed(given, name), text_last)[-self.memory.pictures :])
+
+    def _image(self, sequence: torch.Tensor, text_last: bool) -> torch.Tensor:
+        """What is not text of [B, S, ...]."""
+        return sequence[:, : self.memory.tokens] if text_last else sequence[:, -self.memory.tokens :]
+
+    def mix(self, hook: Any, mixer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with fresh.Attention(hook.name, lambda given: self.look(given, hook.stack.text_last), fresh.UNSEEN):
+            return forward(*args, **kwargs)
+
+    def idle(self, hook: Any, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return forward(*args, **kwargs)
+
+    def head(self, output: torch.Tensor) -> None:
+        """It too."""
+
+
+class Full(Look):
+    """A full step: the stock forward, remembered."""
+
+    def __init__(self, family: Family, attention: str, needs: frozenset[str], memory: Memory, time: float, most: int) -> None:
+        super().__init__(needs, memory)
+        self.family, self.fresh, self.time, self.most = family, attention == "fresh", time, most
+        self.rows: Any = None  # of the head
+
+    def end(self) -> None:
+        """Remember the output; outside of any compiled graph, which would hold for this one time alone."""
+        super().end()
         if self.rows is not None:
             store.push(self.memory.outputs, self.memory.times, self.time, [self.rows[-self.memory.pictures :]], self.most)
 
@@ -80,19 +115,11 @@ class Full:
                 raise ValueError(f"{tokens.shape[1]} tokens entered {self.family.transformer}'s blocks; {count} were announced.")
             self.memory.keep("entered", self._image(tokens, block.stack.text_last))
 
-    def _image(self, sequence: torch.Tensor, text_last: bool) -> torch.Tensor:
-        """What is not text of [B, S, ...]."""
-        return sequence[:, : self.memory.tokens] if text_last else sequence[:, -self.memory.tokens :]
-
-    def after(self, block: Block, output: Any) -> None:
-        """The output stays as it is."""
-
     def mix(self, hook: Any, mixer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def look(given: fresh.Given) -> None:
             if self.fresh:
                 self.memory.keep(hook.key, *fresh.remembered(given))
-            for name, seen in self.seen.items():
-                seen.append(self._image(fresh.observed(given, name), hook.stack.text_last)[-self.memory.pictures :])
+            self.look(given, hook.stack.text_last)
 
         looking = self.fresh or self.needs
         with fresh.Attention(hook.name, look, fresh.UNSEEN if self.needs else fresh.STALE) if looking else nullcontext():

@@ -4,10 +4,22 @@ from typing import Any
 
 import torch
 
+from dit_accel import which
 from dit_accel.config import OutputCacheConfig, TokenCacheConfig
 from dit_accel.sites import Now, Site
 from dit_accel.steps import Index, Memory
 from dit_accel.store import sent
+
+OBSERVED = frozenset({"last_tokens", "attention", "key_norms", "value_norms"})  # at model scope
+
+
+def refuse_unobserved(selector: Any, where: str) -> frozenset[str]:
+    """What is to be observed of attention for this selector; ValueError if it needs anything that is not observed there."""
+    needs = which.get(selector).needs
+    if missing := sorted(needs - OBSERVED):
+        fitting = ", ".join(one for one in which.selectors() if which.get(one).needs <= OBSERVED)
+        raise ValueError(f"The selector {selector!r} needs {', '.join(missing)}, not observed {where}; choose one of {fitting}.")
+    return needs - {"last_tokens"}
 
 
 class Selection:

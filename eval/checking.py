@@ -107,7 +107,7 @@ def plan(spec: Spec, folder: RunFolder, bench: Bench) -> Plan:
         taken = times.loc[times["pipeline"] == bench.name, "round"].nunique() if len(times) else 0
     steps = bench.settings.steps
     methods = sum(cell.kind == "method" for cell in spec.cells)
-    most = min(2 * methods, steps - 1)
+    most = min(2 * methods, steps - 1) if spec.baselines else 0
     prompts = [spec.prompts[i % len(spec.prompts)] for i in range(min(spec.batch_size, len(spec.prompts) * spec.seeds))]
     with Measured(bench, Cell(FULL, (), min(TRIAL, steps), "full")) as measured:
         for _ in range(2):

@@ -63,6 +63,12 @@ def run(
         int | None, typer.Option(help="Pictures made together where time is not measured.", rich_help_panel=CHANGES)
     ] = None,
     timing_rounds: Annotated[int | None, typer.Option(help="How often every method is timed.", rich_help_panel=CHANGES)] = None,
+    baselines: Annotated[
+        bool | None,
+        typer.Option(
+            "--baselines/--no-baselines", help="Add runs with fewer steps at each method's seconds.", rich_help_panel=CHANGES
+        ),
+    ] = None,
     selector_file: Annotated[
         Path | None, typer.Option(help="A Python file that registers selectors of your own.", rich_help_panel=CHANGES)
     ] = None,
@@ -73,8 +79,8 @@ def run(
 ) -> None:
     r"""Make, score, compare and time the pictures of every method. Interrupted at any moment, the same command resumes the run.
 
-    Uncached runs, runs with fewer steps and a cache that caches nothing are added automatically. On several GPUs or machines, put
-    [bold]accelerate launch -m dit_accel.eval[/] in place of dit-accel-eval.
+    Uncached runs, a cache that caches nothing and, unless told otherwise, runs with fewer steps are added automatically. On several
+    GPUs or machines, put [bold]accelerate launch -m dit_accel.eval[/] in place of dit-accel-eval.
 
     [bold]Examples[/]
 
@@ -157,7 +163,7 @@ def understood(given: dict[str, Any]) -> tuple[Spec, Path]:
     quiet()
     spec, output = given["spec"], given["output"]
     absolute = {name: None if given[name] is None else str(given[name].absolute()) for name in ("prompts", "selector_file")}
-    same = ("seeds", "steps", "margin", "batch_size", "timing_rounds", "dtype", "device", "offload")
+    same = ("seeds", "steps", "margin", "batch_size", "timing_rounds", "baselines", "dtype", "device", "offload")
     with usage():
         asked = read_spec(
             spec,

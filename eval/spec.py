@@ -35,6 +35,7 @@ class Spec:
         steps, guidance, height, width: for all pipelines, if not their own.
         batch_size: pictures denoised together where time is not measured.
         timing_rounds: how often every cell's time is measured, in turn with all others, after one round of warm-up.
+        baselines: whether runs with fewer steps that match a method's seconds or FLOPs are added.
         timing_batch_size: pictures denoised together where time is measured.
         dtype, device, offload: as `dit-accel generate`.
         selector_file: a Python file that registers selectors of your own.
@@ -53,6 +54,7 @@ class Spec:
     batch_size: int = 8
     timing_rounds: int = 5
     timing_batch_size: int = 1
+    baselines: bool = True
     dtype: str = "auto"
     device: str = "auto"
     offload: str = "none"
@@ -71,6 +73,8 @@ class Spec:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise SettingError(f"{{name}} must be a whole number of at least {least}, not {shown(value)}.", name)
+        if not isinstance(self.baselines, bool):
+            raise SettingError(f"{{name}} must be true or false, not {shown(self.baselines)}.", "baselines")
         if not _is_number(self.margin) or not 0 < self.margin < math.inf:
             raise SettingError(f"{{name}} must be a number above 0, not {shown(self.margin)}.", "margin")
         if self.guidance is not None and (not _is_number(self.guidance) or not 0 <= self.guidance < math.inf):

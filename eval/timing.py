@@ -111,7 +111,8 @@ def find_baselines(bench: Bench, folder: RunFolder, spec: Spec, watcher: Watcher
         Whether all cells are warmed up by it.
     """
     pipeline, probed = bench.name, folder.probed()
-    methods = {cell.label: folder.key(pipeline, cell) for cell in spec.cells if cell.kind == "method"}
+    asked = [cell for cell in spec.cells if cell.kind == "method" and spec.baselines]
+    methods = {cell.label: folder.key(pipeline, cell) for cell in asked}
     known = probed.get(pipeline, {"steps": {}, "methods": {}})
     if pipeline in probed and known["methods"] == methods:
         return False

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
@@ -246,7 +248,12 @@ def test_whole_tokens_beside_merged_ones_go_with_everything_else():
     build, call = PIPELINES["flux"]
     pipe = build()
     plain = call(pipe, steps=6)
-    for more in ({"selector": "random"}, {"selector": "similarity", "space": "data"}, {"merged_keep": 1.0}):
+    for more in (
+        {"selector": "random"},
+        {"selector": "similarity", "space": "data"},
+        {"selector": "attention"},
+        {"merged_keep": 1.0},
+    ):
         config = OutputCacheConfig(**{"full_steps": (0, 1, 3, 4), "merged_steps": 4, "merged_keep": 0.4, **more})
         with dit_accel.applied(pipe, config):
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -259,8 +266,91 @@ def test_whole_tokens_beside_merged_ones_go_with_everything_else():
         assert [bool(one.merged) for one in dit_accel.report(pipe).calls] == [True, *[False] * 5]
     with pytest.raises(TypeError, match="positions of PixArtTransformer2DModel"):
         dit_accel.apply(PIPELINES["pixart"][0](), config)
-    with pytest.raises(ValueError, match="'drift' needs last_tokens"):
-        dit_accel.apply(pipe, OutputCacheConfig(merged_steps=4, merged_keep=0.4, selector="drift"))
+    with pytest.raises(ValueError, match="'cross-entropy' needs entropy, not observed of cells; choose one of random, attention"):
+        dit_accel.apply(pipe, OutputCacheConfig(merged_steps=4, merged_keep=0.4, selector="cross-entropy"))
+
+
+def tokens_of(cells, width, side=2):
+    """Numbers of the tokens of cells (row, column), cell by cell."""
+    return [(side * i + a) * width + side * j + b for i, j in cells for a in range(side) for b in range(side)]
+
+
+class Attended(TorchFunctionMode):
+    """Attention maps of what runs inside, [B, heads, S, S], for whoever listens."""
+
+    def __init__(self, listen):
+        super().__init__()
+        self.listen = listen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, key = args[:2] if args else (kwargs["query"], kwargs["key"])
+            self.listen(torch.softmax(query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, -1))
+        return func(*args, **kwargs)
+
+
+def run_watched(config, **size):
+    """A tiny FLUX, step by step: what the pipeline tells it and gets, what its stock forward is given, and attention inside."""
+    build, call = PIPELINES["flux"]
+    pipe, steps = build(), []
+    stock = pipe.transformer.forward
+
+    def watched(**kwargs):
+        steps[-1].given = kwargs
+        return stock(**kwargs)
+
+    pipe.transformer.forward = watched
+    with dit_accel.applied(pipe, config):
+        begin = lambda m, a, k: steps.append(SimpleNamespace(told=k, maps=[]))
+        pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+        pipe.transformer.register_forward_hook(lambda m, a, output: setattr(steps[-1], "answer", output[0]))
+        with Attended(lambda map: steps[-1].maps.append(map)):
+            call(pipe, **size)
+        report = dit_accel.report(pipe)
+    for step, sigma in zip(steps, pipe.scheduler.sigmas.tolist(), strict=False):
+        step.picture = step.told["hidden_states"] - sigma * step.answer
+    return steps, report
+
+
+def best_cells(scores, count):
+    """Of scores by cell, in the order of the picture."""
+    return sorted(sorted(scores, key=lambda cell: -scores[cell])[:count])
+
+
+@pytest.mark.parametrize("selector", ["attention", "mine"])
+def test_cells_are_kept_by_the_attention_that_they_received(selector):
+    """On the step before, of merged tokens alone and then beside whole ones; 96 x 64 px are 3 x 2 cells."""
+    if selector == "mine":
+        dit_accel.register_selector("mine", needs={"attention"})(lambda context: -context.attention)
+    config = OutputCacheConfig(interval=1, merged_steps=3, merged_keep=0.5, selector=selector)
+    steps, report = run_watched(config, steps=6, height=96, width=64)
+    assert [one.merged for one in report.calls] == [18, 9, 9, 0, 0, 0] and report.grid == (6, 4)
+    cells, before = [(i, j) for i in range(3) for j in range(2)], []
+    for step, after in zip(steps[:2], steps[1:], strict=False):
+        entered = step.given["hidden_states"].shape[1]
+        received = torch.stack([one.mean((0, 1, 2))[-entered:] for one in step.maps]).mean(0).tolist()
+        scores, merged = {}, [cell for cell in cells if cell not in before]
+        for place, cell in enumerate(before):
+            scores[cell] = sum(received[4 * place : 4 * place + 4]) / 4
+        scores |= dict(zip(merged, received[4 * len(before) :], strict=True))
+        before = best_cells({cell: (-1 if selector == "mine" else 1) * score for cell, score in scores.items()}, 3)
+        rows = tokens_of(before, 4)
+        assert torch.equal(after.given["hidden_states"][:, :12], after.told["hidden_states"][:, rows])
+        assert torch.equal(after.given["img_ids"][:12], after.told["img_ids"][rows])
+
+
+@pytest.mark.parametrize("merged", [3, (1, 3)])
+def test_cells_are_kept_where_the_picture_turned_the_most(merged):
+    """Between the last two full steps, merged or not; before there are two, no cell is kept."""
+    config = OutputCacheConfig(interval=1, merged_steps=merged, merged_keep=0.5, selector="drift")
+    steps, report = run_watched(config, steps=6, height=96, width=64)
+    at = max(merged) if isinstance(merged, tuple) else merged - 1
+    assert [one.merged for one in report.calls] == [18 * (merged == 3), 18, 9 * (merged == 3), 9 * (at == 3), 0, 0]
+    turned = 1 - torch.cosine_similarity(steps[at - 1].picture, steps[at - 2].picture, dim=-1)[0].view(6, 4)
+    scores = {(i, j): float(turned[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean()) for i in range(3) for j in range(2)}
+    rows = tokens_of(best_cells(scores, 3), 4)
+    assert torch.equal(steps[at].given["hidden_states"][:, :12], steps[at].told["hidden_states"][:, rows])
 
 
 def test_with_the_forecast_and_with_half_of_the_guidance():

@@ -490,10 +490,10 @@ def test_baselines_of_methods_that_stay_do_not_move(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "one_round", one_round)
     bench = Bench("p", None, SimpleNamespace(steps=20))
 
-    def found(**costs):
+    def found(baselines=True, **costs):
         seconds.update({f"cache interval={name[1:]}": cost for name, cost in costs.items()})
         methods = ({"cache": {"interval": [int(name[1:]) for name in costs]}},)
-        spec = Spec(pipelines=("p",), prompts=("a",), methods=methods)
+        spec = Spec(pipelines=("p",), prompts=("a",), methods=methods, baselines=baselines)
         folder = RunFolder(tmp_path)
         folder.begin(spec, {"dtype": "float32", "device": "cpu"})
         asked.clear()
@@ -507,6 +507,8 @@ def test_baselines_of_methods_that_stay_do_not_move(tmp_path, monkeypatch):
     }
     assert found(i3=12, i5=5) == {"10": ["seconds of cache interval=3"], "5": ["seconds of cache interval=5"]}
     assert [number for number, _ in asked] == [0, -1, -2] and asked[1][1] == ["full", "no-op cache", "cache interval=5"]
+    assert found(baselines=False, i3=12, i5=5) == {} and asked == [], "not wanted"
+    assert found(i3=12) == {"12": ["seconds of cache interval=3"]}
 
 
 def test_new_pictures_make_new_batches():

@@ -90,6 +90,7 @@ def test_a_wrong_method_is_named(method, message):
         ({"seeds": 0}, "seeds"),
         ({"batch_size": 1.5}, "batch_size"),
         ({"timing_rounds": True}, "timing_rounds"),
+        ({"baselines": 1}, "baselines"),
         ({"margin": 0}, "margin"),
         ({"prompts": ()}, "prompts is empty"),
         ({"scores": ()}, "scores is empty"),
