@@ -16,6 +16,10 @@ from dit_accel.presets import PRESETS
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 SEED = "Random seed for the selection; the initial noise has its own."
+AGE = (
+    "lambda, how much a token's score grows for every N steps since it was last computed. Normalized scores are about "
+    "1 / sqrt(tokens), so that 0.25 lets age decide nearly alone; to compare selectors, use 0."
+)
 SELECTOR = (
     "Score that chooses the tokens to compute: a name from `dit-accel selectors` or `dit_accel.selectors()`, or (in Python) a "
     "function `dit_accel.SelectionContext` -> scores."
@@ -57,12 +61,7 @@ class TokenCacheConfig(Options):
         1,
         flag="",
     )
-    age_weight: float = option(
-        0.25,
-        "lambda, how much a token's score grows for every N steps since it was last computed. Normalized scores are about "
-        "1 / sqrt(tokens), so that 0.25 lets age decide nearly alone; to compare selectors, use 0.",
-        0,
-    )
+    age_weight: float = option(0.25, AGE, 0)
     spatial_bonus: float = option(0.0, "Multiply the score of the best token of every image tile by 1 + this.", 0)
     spatial_tile: int = option(4, "Side of a tile, in tokens.", 1)
     query_share: float = option(
@@ -109,7 +108,7 @@ class OutputCacheConfig(Options):
 
     *When* is everything computed: full_steps, interval, warmup_steps, tolerance, when, guidance_steps, sampler_steps. *How* is the
     rest forecast, and what is added to full steps: how, space, order, guidance_order, damping, correct, lead. *Which* tokens:
-    compute_ratio, selector, attention, seed, and the options that begin with merged_.
+    compute_ratio, selector, age_weight, attention, seed, and the options that begin with merged_.
 
     Raises:
         TypeError: for an option that does not exist, with the one that was probably meant.
@@ -175,6 +174,7 @@ class OutputCacheConfig(Options):
     )
     compute_ratio: float = option(0.0, "Share of the image tokens computed between full steps, the same in all layers.", 0, 1)
     selector: str | Callable[..., Any] = option("random", SELECTOR, known=selector_known)
+    age_weight: float = option(0.0, AGE, 0)
     attention: str = option(
         "reuse",
         "Attention of the computed tokens: reuse that of the last full step; or fresh, computed against the keys and values of the "

@@ -32,7 +32,8 @@ class Selection:
 
     def __init__(self, config: OutputCacheConfig, tokens: int, count: int, grid: tuple[int, int], memory: Memory) -> None:
         self.seed, self.tokens, self.grid = config.seed, tokens, grid if grid[0] * grid[1] == tokens else (1, tokens)
-        self.site = site = Site(TokenCacheConfig(selector=config.selector, age_weight=0.0), 0, "image")
+        ranking = TokenCacheConfig(selector=config.selector, age_weight=config.age_weight, interval=config.interval)
+        self.site = site = Site(ranking, 0, "image")
         entered: Any = memory.features["entered"][0]
         self.device = entered.device  # where tokens are; a blind selector works on the host
         rows, where = len(entered) if site.selector.per_picture else 1, "cpu" if site.selector.blind else self.device

@@ -1,6 +1,7 @@
-"""Writes the tables and figures of selectors.md from finished runs of the selector comparison, and their rows:
+"""The selector comparison: what selectors.md shows of it.
 
-    python docs/comparison.py runs/selectors-flux runs/selectors-pixart runs/partial-flux
+    python docs/comparison.py keep runs/selectors-module-flux    # of a finished run, what the page needs, in docs/data/selectors
+    python docs/comparison.py page                               # writes the page's tables and figures
 
 Needs the `eval` extra.
 """
@@ -10,14 +11,15 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+import typer
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.stats import spearmanr
 
 from dit_accel.eval.drawing import COLORS, style
 from dit_accel.eval.fidelity import decibels
@@ -27,67 +29,105 @@ from dit_accel.eval.statistics import compare, per_prompt
 from dit_accel.eval.summary import summarize
 from dit_accel.pipelines.pictures import side_by_side, write_atomically
 
+app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 HERE = Path(__file__).parent
-INTERVALS, REFERENCE = (5, 3, 10), "random"
-SHOWN = ("attention", "k-norm", "v-norm", "random", "similarity", "stratified", "none")  # in the pictures
-KEPT = ["method", "kind", "prompt", "seed", "squared_error", "ssim"]  # of the rows, with the score
+DATA, FIGURES, PAGE = HERE / "data" / "selectors", HERE / "figures", HERE / "selectors.md"
+SCOPES = {"cache": "module", "output": "model"}
+INTERVALS, AGES, REFERENCE, NOTHING = (6, 3), (0.0, 0.25), "random", "nothing"
+SHOWN = ("attention", "k-norm", "v-norm", "random", "similarity", "drift", "variance", NOTHING)  # in the pictures
+KEPT = ["method", "prompt", "seed", "squared_error"]  # of the rows, with the score
+METHOD = re.compile(
+    r"(?P<section>cache|output) interval=(?P<interval>\d+) "
+    r"(?:cache_ratio=1|order=0|(?:cache_ratio=0\.9|order=0 compute_ratio=0\.1) "
+    r"selector=(?P<selector>[\w-]+) age_weight=(?P<age>[\d.]+))"
+)
+Setting = tuple[int, str, float]  # interval, selector and age weight
 
 
-def label(interval: int, selector: str, age: float = 0) -> str:
-    """The method of a run that computes these tokens."""
-    if selector == "none":
-        return f"cache interval={interval} cache_ratio=1"
-    return f"cache interval={interval} cache_ratio=0.9 selector={selector} age_weight={age:g}"
+def setting(method: str) -> Setting | None:
+    """Which tokens a method of a run computes; nothing for full and fewer steps."""
+    found = METHOD.fullmatch(method)
+    return (int(found["interval"]), found["selector"] or NOTHING, float(found["age"] or 0)) if found else None
 
 
-def setting(method: str) -> tuple[int, str, float] | None:
-    """Interval, selector and age weight of a method; nothing for a baseline."""
-    found = re.fullmatch(r"cache interval=(\d+) cache_ratio=(?:1|0\.9 selector=([\w-]+) age_weight=([\d.]+))", method)
-    return (int(found[1]), found[2] or "none", float(found[3] or 0)) if found else None
-
-
-class Family:
-    """One finished run: its summary, and its pictures compared with those of `random`."""
+class Kept:
+    """What is kept of a run: of one pipeline at one scope."""
 
     def __init__(self, path: Path) -> None:
-        self.folder = RunFolder(path)
-        self.spec = self.folder.begun["spec"]
-        self.name, self.score = self.spec["pipelines"][0], self.spec["scores"][0]
-        self.rows, times = (pd.read_parquet(path / f"{kind}.parquet") for kind in ("results", "timing"))
-        self.summary = summarize(self.rows, times, score=self.score, margin=self.spec["margin"]).set_index("method")
+        self.path, record = path, json.loads(path.read_text(encoding="utf-8"))
+        self.pipeline, self.scope, self.score, self.margin = (record[name] for name in ("pipeline", "scope", "score", "margin"))
+        self.methods: dict[str, dict[str, float]] = record["methods"]
+
+    @property
+    def title(self) -> str:
+        return f"{self.pipeline}, {self.scope} scope"
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        return pd.read_parquet(self.path.with_suffix(".parquet"))
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        return per_prompt(self.rows, self.score)
+
+    @cached_property
+    def likeness(self) -> pd.DataFrame:
+        """Of a prompt, in dB: the mean squared error of its pictures."""
+        return per_prompt(self.rows[self.rows["squared_error"].notna()], "squared_error").map(decibels)
+
+    def label(self, *wanted: Any) -> str:
+        return next(method for method in self.methods if setting(method) == wanted)
+
+    def against(self, table: pd.DataFrame, interval: int, ages: tuple[float, ...] = (0.0,)) -> pd.DataFrame:
+        """Methods of an interval, paired over prompts with `random` at age weight 0, by selector and age weight."""
+        methods = {
+            method: found[1:] for method in table if (found := setting(method)) and found[0] == interval and found[2] in ages
+        }
+        compared = compare(table[list(methods)], self.label(interval, REFERENCE, 0.0), margin=self.margin)
+        compared.index = pd.MultiIndex.from_tuples([methods[method] for method in compared.index])
+        return compared
+
+
+@app.command()
+def keep(runs: list[Path]) -> None:
+    """Keep what the page needs of finished runs, and draw their pictures."""
+    for path in runs:
+        folder = RunFolder(path)
+        spec, rows, times = folder.begun["spec"], *(pd.read_parquet(path / f"{kind}.parquet") for kind in ("results", "timing"))
+        pipeline, score = spec["pipelines"][0], spec["scores"][0]
+        summary = summarize(rows, times, score=score, margin=spec["margin"]).set_index("method")
         maps = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((path / "maps").glob("*.json"))]
-        self.maps = {one["method"]: one for one in maps}
-        self.scores = per_prompt(self.rows, self.score)
-        errors = per_prompt(self.rows[self.rows["kind"] == "method"], "squared_error")
-        self.likeness = -10 * np.log10(errors)  # of a prompt, in dB: the mean squared error of its pictures
+        methods = {name: {key: float(row[key]) for key in ("speedup", "flops_ratio")} for name, row in summary.iterrows()}
+        for one in maps:
+            methods[one["method"]] |= {key: one[key] for key in ("uniformity", "coverage")}
+        [scope] = {SCOPES[found["section"]] for name in methods if (found := METHOD.fullmatch(name))}
+        record = {"pipeline": pipeline, "scope": scope, "score": score, "margin": spec["margin"], "methods": methods}
+        record |= {key: folder.begun[key] for key in ("resolved", "versions")}
+        DATA.mkdir(exist_ok=True)
+        stem = DATA / f"{scope}-{pipeline}"
+        rows.loc[rows["kind"] != "no-op", [*KEPT, score]].to_parquet(stem.with_suffix(".parquet"), index=False, compression="zstd")
+        write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=1).encode())
+        write_atomically(FIGURES / f"selectors-{scope}-{pipeline}.webp", pictures(Kept(stem.with_suffix(".json")), rows, path))
 
-    def against(self, table: pd.DataFrame, interval: int) -> pd.DataFrame:
-        """Methods of an interval, at age weight 0, against `random`, paired over prompts; by selector."""
-        methods = {method: found[1] for method in table if (found := setting(method)) and found[::2] == (interval, 0)}
-        compared = compare(table[list(methods)], label(interval, REFERENCE), margin=self.spec["margin"])
-        return compared.rename(index=methods)
 
-
-def main(paths: list[str]) -> None:
-    runs = [Family(Path(path)) for path in paths]
-    families = [run for run in runs if label(INTERVALS[0], REFERENCE) in run.scores]
-    page = HERE / "selectors.md"
-    text = page.read_text(encoding="utf-8")
-    for family in families:
-        columns = [*KEPT, family.score]
-        family.rows[columns].to_parquet(HERE / "data" / f"selectors-{family.name}.parquet", index=False, compression="zstd")
+@app.command()
+def page(path: Path = typer.Option(PAGE, help="The page.")) -> None:
+    """Renew the tables between the marks, and the figures, of all runs that are kept."""
+    text, kept = path.read_text(encoding="utf-8"), [Kept(file) for file in sorted(DATA.glob("*.json"), reverse=True)]
+    for one in kept:
+        name = f"{one.scope} {one.pipeline}"
         for interval in INTERVALS:
-            text = filled(text, f"{family.name} {interval}", table(family, interval))
-        text = filled(text, f"{family.name} age", ages(family))
-        text = filled(text, f"{family.name} steps", steps(family))
-        write_atomically(HERE / "figures" / f"selectors-{family.name}.webp", pictures(family))
-    for run in runs:
-        if run not in families:
-            text = filled(text, "partial", methods(run))
+            text = filled(text, f"{name} {interval}", table(one, interval))
+        text = filled(text, f"{name} age", ages(one))
+        if one.scope == "module":
+            text = filled(text, f"{one.pipeline} steps", steps(one))
+    text = filled(text, "explained", explained(kept))
     with style():
-        for name, figure in {"against-random": forest(families), "uniformity": scatter(families)}.items():
-            figure.savefig(HERE / "figures" / f"selectors-{name}.png", dpi=150)
-    write_atomically(page, text.encode())
+        for scope in SCOPES.values():
+            if some := [one for one in kept if one.scope == scope]:
+                forest(some).savefig(FIGURES / f"selectors-against-random-{scope}.png", dpi=130)
+        scatter(kept).savefig(FIGURES / "selectors-coverage.png", dpi=130)
+    write_atomically(path, text.encode())
 
 
 def filled(text: str, name: str, lines: list[str]) -> str:
@@ -109,140 +149,136 @@ def bold(row: Any, form: str) -> str:
     return f"**{text}**" if row["p_holm"] <= 0.05 else text
 
 
-def table(family: Family, interval: int) -> list[str]:
-    """All selectors at age weight 0, best score first."""
-    scores, likeness = (family.against(found, interval) for found in (family.scores, family.likeness))
-    names = [REFERENCE, *scores.index]
-    summary = family.summary.loc[[label(interval, name) for name in names]].assign(selector=names)
-    lines = [
-        f"| computed | {family.score} | against full | against `random` | PSNR, dB | PSNR against `random`, dB "
-        "| uniformity | speed-up | FLOPs ratio |",
-        "| --- |" + " --- |" * 8,
-    ]
-    for method, row in summary.sort_values("score", ascending=False).iterrows():
-        name = row["selector"]
-        own = ["", ""] if name == REFERENCE else [bold(scores.loc[name], "+.3f"), bold(likeness.loc[name], "+.2f")]
-        uniform = f"{family.maps[method]['uniformity']:.3f}" if method in family.maps else ""
-        shown = "nothing" if name == "none" else f"`{name}`"
-        lines.append(
-            f"| {shown} | {row['score']:.3f} | {interval_text(row, '+.3f')} | {own[0]} | {row['psnr']:.2f} | {own[1]} | {uniform} "
-            f"| {row['speedup']:.2f} | {row['flops_ratio']:.2f} |".replace("| -", "| −")
+def rows_of(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
+
+
+def table(kept: Kept, interval: int) -> list[str]:
+    """All selectors at age weight 0, the closest to the full picture first."""
+    scores, likeness = kept.against(kept.scores, interval), kept.against(kept.likeness, interval)
+    rows = []
+    for name in (
+        kept.likeness[[m for m in kept.methods if (setting(m) or (0,))[::2] == (interval, 0.0)]].mean().sort_values().index[::-1]
+    ):
+        selector, figures = setting(name)[1], kept.methods[name]
+        paired = ["", ""]
+        if selector != REFERENCE:
+            paired = [bold(likeness.loc[(selector, 0.0)], "+.2f"), bold(scores.loc[(selector, 0.0)], "+.3f")]
+        lost = compare(kept.scores[[FULL, name]], FULL, margin=kept.margin).iloc[0]
+        rows.append(
+            [selector if selector == NOTHING else f"`{selector}`", f"{kept.likeness[name].mean():.2f}", paired[0]]
+            + [interval_text(lost, "+.3f"), paired[1]]
+            + [f"{figures[key]:.3f}" if key in figures else "" for key in ("uniformity", "coverage")]
+            + [f"{figures['speedup']:.2f}", f"{figures['flops_ratio']:.2f}"]
         )
-    return lines
+    columns = ["computed", "PSNR, dB", "against `random`, dB", f"{kept.score} against full", "against `random`"]
+    return rows_of([*columns, "uniformity", "coverage", "speedup", "by FLOPs"], rows)
 
 
-def ages(family: Family) -> list[str]:
+def ages(kept: Kept) -> list[str]:
     """What an age weight of 0.25 changes, selector by selector."""
-    lines = [
-        f"| selector | {family.score}, 0.25 against 0 | PSNR, 0.25 against 0, dB | uniformity at 0 | at 0.25 |",
-        "| --- |" + " --- |" * 4,
-    ]
-    for method in family.scores:
-        if not (found := setting(method)) or found[2] != 0.25:
-            continue
-        pair = [label(found[0], found[1], age) for age in (0, 0.25)]
-        changes = [
-            compare(values[pair], pair[0], margin=family.spec["margin"]).iloc[0] for values in (family.scores, family.likeness)
-        ]
-        uniform = [f"{family.maps[one]['uniformity']:.3f}" for one in pair]
-        lines.append(
-            f"| `{found[1]}` | {interval_text(changes[0], '+.3f')} | {interval_text(changes[1], '+.2f')} | {' | '.join(uniform)} |"
-        )
-    return lines
+    rows = []
+    for interval in INTERVALS:
+        for selector in SHOWN[:-1]:
+            pair = [kept.label(interval, selector, age) for age in AGES]
+            changes = [compare(values[pair], pair[0], margin=kept.margin).iloc[0] for values in (kept.likeness, kept.scores)]
+            coverage = [f"{kept.methods[one]['coverage']:.3f}" for one in pair]
+            rows.append([str(interval), f"`{selector}`", *map(interval_text, changes, ("+.2f", "+.3f")), *coverage])
+    columns = ["interval", "selector", "PSNR, 0.25 against 0, dB", f"{kept.score}, 0.25 against 0", "coverage at 0", "at 0.25"]
+    return rows_of(columns, rows)
 
 
-def methods(run: Family) -> list[str]:
-    """All methods of a run, as they come."""
-    lines = [f"| method | {run.score} | against full | PSNR, dB |", "| --- | --- | --- | --- |"]
-    for method, row in run.summary[run.summary["kind"] == "method"].iterrows():
-        lines.append(f"| {method} | {row['score']:.3f} | {interval_text(row, '+.3f')} | {row['psnr']:.2f} |")
-    return lines
+def steps(kept: Kept) -> list[str]:
+    """Uncached runs with fewer steps."""
+    rows = []
+    for name in sorted((name for name in kept.methods if name.endswith(" steps")), key=lambda name: kept.methods[name]["speedup"]):
+        lost, figures = compare(kept.scores[[FULL, name]], FULL, margin=kept.margin).iloc[0], kept.methods[name]
+        rows.append([name.removesuffix(" steps"), f"{kept.likeness[name].mean():.2f}", interval_text(lost, "+.3f")])
+        rows[-1] += [f"{figures['speedup']:.2f}", f"{figures['flops_ratio']:.2f}"]
+    return rows_of(["steps", "PSNR, dB", f"{kept.score} against full", "speedup", "by FLOPs"], rows)
 
 
-def steps(family: Family) -> list[str]:
-    """The runs in full, also with fewer steps."""
-    plain = family.summary[family.summary["kind"].isin(["full", "fewer steps"])].sort_values("flops", ascending=False)
-    lines = [f"| steps | {family.score} | against full | PSNR, dB | speed-up | FLOPs ratio |", "| --- |" + " --- |" * 5]
-    for method, row in plain.iterrows():
-        difference, psnr = ("", "") if method == FULL else (interval_text(row, "+.3f"), f"{row['psnr']:.2f}")
-        count = "all" if method == FULL else str(method).removesuffix(" steps")
-        score = f"{row['score']:.3f}".replace("-", "−")
-        lines.append(f"| {count} | {score} | {difference} | {psnr} | {row['speedup']:.2f} | {row['flops_ratio']:.2f} |")
-    return lines
+def explained(kept: list[Kept]) -> list[str]:
+    """Rank correlations of uniformity and coverage with what came out, over all selectors, without and with age."""
+    rows = []
+    for one in kept:
+        for interval in INTERVALS:
+            names = [m for m in one.methods if (found := setting(m)) and found[0] == interval and found[1] != NOTHING]
+            ranks = []
+            for figure in ("uniformity", "coverage"):
+                x = [one.methods[name][figure] for name in names]
+                ranks += [f"{spearmanr(x, values[names].mean()).statistic:+.2f}" for values in (one.likeness, one.scores)]
+            rows.append([one.pipeline, one.scope, str(interval), *(rank.replace("-", "−") for rank in ranks)])
+    columns = ["pipeline", "scope", "interval", "uniformity and PSNR", "and score", "coverage and PSNR", "and score"]
+    return rows_of(columns, rows)
 
 
-def pictures(family: Family) -> bytes:
-    """The prompts at which `random` at interval 5 loses most, is in the middle, and loses least, with every selector."""
-    reference = label(INTERVALS[0], REFERENCE)
-    loss = (family.scores[reference] - family.scores[FULL]).sort_values(kind="stable")
+def pictures(kept: Kept, rows: pd.DataFrame, path: Path) -> bytes:
+    """The prompts at which `random` loses most, is in the middle, and loses least, with every selector."""
+    loss = (kept.scores[kept.label(INTERVALS[0], REFERENCE, 0.0)] - kept.scores[FULL]).sort_values(kind="stable")
     chosen = [loss.index[i] for i in (0, len(loss) // 2, len(loss) - 1)]
-    made = family.rows[family.rows["seed"] == 0].set_index(["method", "prompt"])
+    made = rows[rows["seed"] == 0].set_index(["method", "prompt"])
     panels = []
     for prompt in chosen:
-        for name in ("full", *SHOWN):
-            row = made.loc[(FULL if name == "full" else label(INTERVALS[0], name), prompt)]
-            likeness = [prompt] if name == "full" else [f"PSNR {decibels(row['squared_error']):.1f} dB, {row[family.score]:+.2f}"]
-            with Image.open(family.folder.path / row["picture"]) as image:
-                panels.append((image.convert("RGB"), [{"full": "in full", "none": "nothing"}.get(name, name), *likeness]))
-    heading = f"{family.name}, interval 5, R = 0.9, age weight 0, seed 0: where random loses most, is in the middle, loses least"
+        for name in (FULL, *SHOWN):
+            row = made.loc[(FULL if name == FULL else kept.label(INTERVALS[0], name, 0.0), prompt)]
+            likeness = [prompt] if name == FULL else [f"PSNR {decibels(row['squared_error']):.1f} dB, {row[kept.score]:+.2f}"]
+            with Image.open(path / row["picture"]) as image:
+                panels.append((image.convert("RGB"), ["in full" if name == FULL else name, *likeness]))
+    heading = f"{kept.title}, interval {INTERVALS[0]}, R = 0.9, seed 0: where random loses most, is in the middle, loses least"
     buffer = io.BytesIO()
     side_by_side(heading, panels, columns=len(SHOWN) + 1).save(buffer, "WEBP", quality=90)
     return buffer.getvalue()
 
 
-def forest(families: list[Family]) -> Figure:
-    """Differences to `random` of every selector, one panel for family and measure."""
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
-    axes = figure.subplots(len(families), 2, squeeze=False, sharey=True)
-    for line, family in zip(axes, families, strict=True):
-        for axis, values, what in zip(line, (family.scores, family.likeness), (family.score, "PSNR, dB"), strict=True):
-            compared = {interval: family.against(values, interval) for interval in sorted(INTERVALS)}
-            names = [name for name in compared[5].index if name != "none"] + ["none"]
+def forest(kept: list[Kept]) -> Figure:
+    """Differences to `random` of every selector, one panel for pipeline and measure."""
+    figure = Figure(figsize=(9, 3.4 * len(kept)), layout="constrained")
+    axes = figure.subplots(len(kept), 2, squeeze=False, sharey="row")
+    for line, one in zip(axes, kept, strict=True):
+        for axis, values, what in zip(line, (one.likeness, one.scores), ("PSNR, dB", one.score), strict=True):
+            compared = {interval: one.against(values, interval) for interval in INTERVALS}
+            names = [name for name, _ in compared[INTERVALS[0]].index]
             axis.axvline(0, color="#555555", lw=1)
             for i, (interval, rows) in enumerate(compared.items()):
                 for y, name in enumerate(names):
-                    if name in rows.index:
-                        row, place = rows.loc[name], y + 0.22 * (i - 1)
-                        solid = row["p_holm"] <= 0.05
-                        axis.plot([row["low"], row["high"]], [place] * 2, color=COLORS[i], lw=2)
-                        axis.plot(row["difference"], place, "o", color=COLORS[i], mfc=COLORS[i] if solid else "white", ms=6)
+                    row, place = rows.loc[(name, 0.0)], y + 0.22 * (i - 0.5)
+                    axis.plot([row["low"], row["high"]], [place] * 2, color=COLORS[i], lw=2)
+                    solid = COLORS[i] if row["p_holm"] <= 0.05 else "white"
+                    axis.plot(row["difference"], place, "o", color=COLORS[i], mfc=solid, ms=6)
                 axis.plot([], [], "o-", color=COLORS[i], label=f"interval {interval}")
-            axis.set(
-                title=family.name, xlabel=f"{what}: difference to random", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5)
-            )
-            axis.set_yticklabels(["nothing" if name == "none" else name for name in names])
+            axis.set(title=one.title, xlabel=f"{what}: difference to random", yticks=range(len(names)))
+            axis.set(ylim=(len(names) - 0.5, -0.5), yticklabels=names)
     axes[0][0].legend(loc="best")
     return figure
 
 
-def scatter(families: list[Family]) -> Figure:
-    """Difference to `random` at age weight 0 against uniformity at interval 5; a line joins a selector without and with age."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axis, family in zip(figure.subplots(1, len(families), squeeze=False)[0], families, strict=True):
-        methods = [method for method in family.maps if (setting(method) or (0,))[0] == 5]
-        reference = label(5, REFERENCE)
-        compared = compare(family.scores[methods], reference, margin=family.spec["margin"])
-        for name in dict.fromkeys(setting(method)[1] for method in methods):
-            pair = [label(5, name, age) for age in (0, 0.25)]
-            x = [family.maps[method]["uniformity"] for method in pair]
-            rows = [
-                compared.loc[method] if method in compared.index else dict.fromkeys(("difference", "low", "high"), 0)
-                for method in pair
-            ]
-            y = [row["difference"] for row in rows]
-            axis.plot(x, y, color="#999999", lw=1)
-            for place, row, color, marker in zip(x, rows, COLORS, "os", strict=False):
-                axis.plot([place] * 2, [row["low"], row["high"]], color=color, alpha=0.4)
-                axis.plot(place, row["difference"], marker, color=color)
-            axis.annotate(name, (x[0], y[0]), (5, 4), textcoords="offset points", fontsize=8)
-        for age, color, marker in zip((0, 0.25), COLORS, "os", strict=False):
-            axis.plot([], [], marker, color=color, label=f"age weight {age:g}")
-        axis.set(title=family.name, xlabel="uniformity of a selection over the picture")
-        axis.set_ylabel(f"{family.score}: difference to random, age weight 0")
-        axis.margins(x=0.15)
-        axis.legend(loc="best")
+def scatter(kept: list[Kept]) -> Figure:
+    """Difference to `random` in dB against uniformity and coverage; a line joins a selector without and with age."""
+    figure = Figure(figsize=(9, 3.6 * len(kept)), layout="constrained")
+    for line, one in zip(figure.subplots(len(kept), 2, squeeze=False, sharey="row"), kept, strict=True):
+        compared = one.against(one.likeness, INTERVALS[0], AGES)
+        for axis, figured in zip(line, ("uniformity", "coverage"), strict=True):
+            for name in dict.fromkeys(name for name, _ in compared.index if name != NOTHING):
+                x = [one.methods[one.label(INTERVALS[0], name, age)][figured] for age in AGES]
+                found = [compared.loc[key] if (key := (name, age)) in compared.index else None for age in AGES]
+                y = [0.0 if row is None else row["difference"] for row in found]
+                axis.plot(x, y, color="#999999", lw=1)
+                for place, height, row, color, marker in zip(x, y, found, COLORS, "os", strict=False):
+                    if row is not None:
+                        axis.plot([place] * 2, [row["low"], row["high"]], color=color, alpha=0.4)
+                    axis.plot(place, height, marker, color=color)
+                axis.annotate(name, (x[0], y[0]), (5, 4), textcoords="offset points", fontsize=8)
+            for age, color, marker in zip(AGES, COLORS, "os", strict=False):
+                axis.plot([], [], marker, color=color, label=f"age weight {age:g}")
+            axis.set(
+                title=one.title, xlabel=f"{figured} of selections, interval {INTERVALS[0]}", ylabel="PSNR: difference to random, dB"
+            )
+            axis.margins(x=0.15)
+        line[0].legend(loc="best")
     return figure
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    app()

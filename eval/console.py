@@ -80,7 +80,7 @@ def planned(plans: list[Plan], spec: Spec, path: Path, resolved: dict[str, str])
     return [
         table,
         f"{len(spec.prompts)} prompts, {spec.seeds} seeds, {spec.timing_rounds} timing rounds, {' on '.join(resolved.values())}.",
-        f"Fewer steps that match the methods' seconds and FLOPs are added: at most {more}.",
+        *([f"Fewer steps that match the methods' seconds and FLOPs are added: at most {more}."] if more else []),
         f"Made already: {sum(plan.done for plan in plans)} pictures in {path}.",
         f"About {total} (h:mm:ss) at most, as if every method were as slow as the uncached run, without scoring.",
     ]

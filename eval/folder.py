@@ -155,8 +155,8 @@ class RunFolder:
         return [one for one in found if one is not None]
 
     def baselines(self) -> dict[str, dict[str, list[str]]]:
-        """By pipeline: the numbers of steps, and which methods each one matches in what."""
-        return {name: one["steps"] for name, one in self.probed().items()}
+        """By pipeline for which they were looked for: the numbers of steps, and which methods each one matches in what."""
+        return {name: one["steps"] for name, one in self.probed().items() if one["methods"] or one["steps"]}
 
     def probed(self) -> dict[str, dict[str, Any]]:
         """By pipeline: `steps`, see `baselines`, and `methods`, the keys of those for which they were looked for, by label."""

@@ -25,7 +25,7 @@ from dit_accel.pipelines.pictures import psnr, side_by_side, write_atomically
 from dit_accel.pipelines.progress import now_and_then
 from dit_accel.pipelines.prompt_sets import read_prompt_set
 from dit_accel.pipelines.tuning.candidates import Candidate, fewer
-from dit_accel.pipelines.tuning.search import BEST, Bench, search
+from dit_accel.pipelines.tuning.search import BEST, TRIALS, Bench, search
 from dit_accel.recipe import own_folder
 
 HERE = Path(__file__).parent
@@ -88,8 +88,8 @@ def tune(
     bench = Bench(pipe, list(prompts[:searched]), settings, output / "evaluations.jsonl", on_step)
     whole = len(held) * (len(speedups) + sum(2 / speedup for speedup in speedups))
     log.print(
-        f"Searching for {minutes:g} minutes on {searched} prompts; then measuring costs as much as {whole + searched:.0f} uncached "
-        "pictures.",
+        f"Timing steps costs up to {TRIALS} uncached pictures, and measuring, after {minutes:g} minutes of searching on {searched} "
+        f"prompts, as much as {whole + searched:.0f}.",
         soft_wrap=True,
         highlight=False,
     )

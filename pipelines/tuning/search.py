@@ -29,6 +29,7 @@ RACE = (4, 12)  # so many prompts have to be won before a candidate is tried on 
 SLACK, NEAR = 1.5, 0.4  # dB that a start, and a change, may be farther on the fewest prompts to be tried on more
 BEST = 60.0  # dB that identical pictures count as: among so close ones, differences say nothing
 TIMED = 5  # pairs of runs that are timed
+TRIALS = TIMED * (1 + 2 * len(SIDES)) + 1  # uncached pictures that this costs at most: of one full step, and of merged ones
 IDLE = 400  # changes in a row that bring nothing before a search ends
 # Where a search starts: order, damping, correction, how and space. The first three are tried on every schedule, all on the best
 # one; the last is fewer steps of Euler's method at the best times.

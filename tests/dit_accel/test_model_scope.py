@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 import threading
 import warnings
 from types import SimpleNamespace
@@ -511,6 +512,28 @@ def test_selectors_that_look_at_attention(name, selector):
         assert_close(call(), ours)
     report = dit_accel.report(pipe)
     assert sum(report.flops) == counter.get_total_flops() and report.partial_steps
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 10.0])
+def test_tokens_that_have_waited_longer_are_preferred(weight):
+    """What is ranked, by hand: the score over its norm, and the weight for as many steps as an interval has."""
+    pipe, call = made("flux")
+    dit_accel.register_selector("rising")(lambda context: torch.arange(1.0, 1 + context.tokens.shape[1])[None])
+    config = OutputCacheConfig(interval=5, compute_ratio=0.25, selector="rising", age_weight=weight)
+    dit_accel.apply(pipe, config, record=True)
+    call(steps=10)
+    report = dit_accel.report(pipe)
+    found = {report.calls[one.call].step: one.tokens[0].tolist() for one in report.selections}
+    tokens, expected = math.prod(report.grid), {}
+    length = math.sqrt(sum(n**2 for n in range(1, tokens + 1)))
+    for step in range(10):
+        if step % 5 == 0:
+            waited = [0] * tokens
+            continue
+        ranked = sorted(range(tokens), key=lambda n: -((n + 1) / length + weight * waited[n] / 5))
+        expected[step] = sorted(ranked[: round(tokens / 4)])
+        waited = [0 if n in expected[step] else waited[n] + 1 for n in range(tokens)]
+    assert found == expected and (len({*map(tuple, found.values())}) == 1) == (weight == 0)
 
 
 def test_selectors_that_need_more_are_refused(tiny_flux):
