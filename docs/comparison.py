@@ -1,7 +1,8 @@
-"""The selector comparison: what selectors.md shows of it.
+"""Evaluations whose results are pages: selectors.md and compression.md.
 
-    python docs/comparison.py keep runs/selectors-module-flux    # of a finished run, what the page needs, in docs/data/selectors
-    python docs/comparison.py page                               # writes the page's tables and figures
+    python docs/comparison.py keep runs/selectors-module-flux    # of a finished run, what selectors.md needs, in docs/data
+    python docs/comparison.py page                               # writes its tables and figures
+    python docs/comparison.py compression runs/compression       # both for compression.md, of all finished pipelines
 
 Needs the `eval` extra.
 """
@@ -24,9 +25,10 @@ from scipy.stats import spearmanr
 from dit_accel.eval.drawing import COLORS, style
 from dit_accel.eval.fidelity import decibels
 from dit_accel.eval.folder import RunFolder
+from dit_accel.eval.report import methods, read_run
 from dit_accel.eval.spec import FULL
 from dit_accel.eval.statistics import compare, per_prompt
-from dit_accel.eval.summary import summarize
+from dit_accel.eval.summary import RESAMPLES, broken, summarize
 from dit_accel.pipelines.pictures import side_by_side, write_atomically
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
@@ -35,6 +37,15 @@ DATA, FIGURES, PAGE = HERE / "data" / "selectors", HERE / "figures", HERE / "sel
 SCOPES = {"cache": "module", "output": "model"}
 INTERVALS, AGES, REFERENCE, NOTHING = (6, 3), (0.0, 0.25), "random", "nothing"
 SHOWN = ("attention", "k-norm", "v-norm", "random", "similarity", "drift", "variance", NOTHING)  # in the pictures
+ASPECTS = {  # the scores of compression.yaml, in its order, and their columns
+    "emoji-reward": "score",
+    "judge": "all right",
+    "judge:object": "object",
+    "judge:background": "background",
+    "judge:both": "both objects",
+    "judge:places": "places",
+    "judge:detail": "small strokes, log-odds",
+}
 KEPT = ["method", "prompt", "seed", "squared_error"]  # of the rows, with the score
 METHOD = re.compile(
     r"(?P<section>cache|output) interval=(?P<interval>\d+) "
@@ -80,11 +91,9 @@ class Kept:
 
     def against(self, table: pd.DataFrame, interval: int, ages: tuple[float, ...] = (0.0,)) -> pd.DataFrame:
         """Methods of an interval, paired over prompts with `random` at age weight 0, by selector and age weight."""
-        methods = {
-            method: found[1:] for method in table if (found := setting(method)) and found[0] == interval and found[2] in ages
-        }
-        compared = compare(table[list(methods)], self.label(interval, REFERENCE, 0.0), margin=self.margin)
-        compared.index = pd.MultiIndex.from_tuples([methods[method] for method in compared.index])
+        keys = {method: found[1:] for method in table if (found := setting(method)) and found[0] == interval and found[2] in ages}
+        compared = compare(table[list(keys)], self.label(interval, REFERENCE, 0.0), margin=self.margin)
+        compared.index = pd.MultiIndex.from_tuples([keys[method] for method in compared.index])
         return compared
 
 
@@ -97,11 +106,11 @@ def keep(runs: list[Path]) -> None:
         pipeline, score = spec["pipelines"][0], spec["scores"][0]
         summary = summarize(rows, times, score=score, margin=spec["margin"]).set_index("method")
         maps = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((path / "maps").glob("*.json"))]
-        methods = {name: {key: float(row[key]) for key in ("speedup", "flops_ratio")} for name, row in summary.iterrows()}
+        figures = {name: {key: float(row[key]) for key in ("speedup", "flops_ratio")} for name, row in summary.iterrows()}
         for one in maps:
-            methods[one["method"]] |= {key: one[key] for key in ("uniformity", "coverage")}
-        [scope] = {SCOPES[found["section"]] for name in methods if (found := METHOD.fullmatch(name))}
-        record = {"pipeline": pipeline, "scope": scope, "score": score, "margin": spec["margin"], "methods": methods}
+            figures[one["method"]] |= {key: one[key] for key in ("uniformity", "coverage")}
+        [scope] = {SCOPES[found["section"]] for name in figures if (found := METHOD.fullmatch(name))}
+        record = {"pipeline": pipeline, "scope": scope, "score": score, "margin": spec["margin"], "methods": figures}
         record |= {key: folder.begun[key] for key in ("resolved", "versions")}
         DATA.mkdir(exist_ok=True)
         stem = DATA / f"{scope}-{pipeline}"
@@ -130,11 +139,48 @@ def page(path: Path = typer.Option(PAGE, help="The page.")) -> None:
     write_atomically(path, text.encode())
 
 
-def filled(text: str, name: str, lines: list[str]) -> str:
+@app.command()
+def compression(
+    run: Path | None = typer.Argument(None, help="Of which to keep what the page needs; without one, the page is written alone."),
+    path: Path = typer.Option(HERE / "compression.md", help="The page."),
+) -> None:
+    """Renew compression.md."""
+    data = HERE / "data" / "compression"
+    if run is not None:
+        data.mkdir(exist_ok=True)
+        read = read_run(RunFolder(run))
+        whole = len(read.spec["prompts"]) * read.spec["seeds"]
+        for name, table in methods(read, RESAMPLES).groupby("pipeline", sort=False):
+            rows = read.rows[(read.rows["pipeline"] == name) & (read.rows["kind"] != "no-op")]
+            if (rows.groupby("method").size() == whole).all() and table["seconds"].notna().all():
+                rows[[*KEPT, *ASPECTS]].to_parquet(data / f"{name}.parquet", index=False, compression="zstd")
+                known = table[table["kind"] != "no-op"].drop(columns="key")
+                write_atomically(data / f"{name}.csv", known.to_csv(index=False).encode())
+    text = path.read_text(encoding="utf-8")
+    for file in sorted(data.glob("*.csv")):
+        text = filled(text, file.stem, broken_by(pd.read_csv(file)), path.name)
+    write_atomically(path, text.encode())
+
+
+def broken_by(table: pd.DataFrame) -> list[str]:
+    """What every method loses, the fastest last, with the first thing that breaks."""
+    rows = []
+    for row in table[table["method"] != FULL].sort_values("speedup").to_dict("records"):
+        cells = [str(row["method"]), f"{row['speedup']:.2f}", f"{row['psnr']:.1f}"]
+        for i in range(len(ASPECTS)):
+            part = {name: row[f"{i}: {name}" if i else name] for name in ("difference", "low", "high")}
+            text = interval_text(part, "+.2f")
+            cells.append(f"**{text}**" if part["high"] < 0 else text)
+        lost = broken(row, list(ASPECTS))
+        rows.append([*cells, ASPECTS[lost[0]] if lost else "nothing"])
+    return rows_of(["method", "measured", "PSNR, dB", *ASPECTS.values(), "first to break"], rows)
+
+
+def filled(text: str, name: str, lines: list[str], page: str = PAGE.name) -> str:
     """The page with what stands between the marks of this name replaced."""
     first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
     if first not in text or last not in text:
-        raise ValueError(f"selectors.md lacks the marks {first} and {last}.")
+        raise ValueError(f"{page} lacks the marks {first} and {last}.")
     before, rest = text.split(first)
     return f"{before}{first}\n" + "\n".join(lines) + f"\n{last}{rest.split(last)[1]}"
 
@@ -158,9 +204,8 @@ def table(kept: Kept, interval: int) -> list[str]:
     """All selectors at age weight 0, the closest to the full picture first."""
     scores, likeness = kept.against(kept.scores, interval), kept.against(kept.likeness, interval)
     rows = []
-    for name in (
-        kept.likeness[[m for m in kept.methods if (setting(m) or (0,))[::2] == (interval, 0.0)]].mean().sort_values().index[::-1]
-    ):
+    names = [method for method in kept.methods if (setting(method) or (0,))[::2] == (interval, 0.0)]
+    for name in sorted(names, key=lambda method: -kept.likeness[method].mean()):
         selector, figures = setting(name)[1], kept.methods[name]
         paired = ["", ""]
         if selector != REFERENCE:
