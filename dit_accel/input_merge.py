@@ -27,7 +27,7 @@ from dit_accel.families.rows import Family
 from dit_accel.packed import Packed
 from dit_accel.plan import Todo
 from dit_accel.steps import Memory
-from dit_accel.tokens import OBSERVED, refuse_unobserved
+from dit_accel.tokens import refuse_unobserved
 
 PACKED = ("FluxTransformer2DModel",)  # latents in rows of 2 x 2 places, with ids of the rows' places
 UNKNOWN = ((0.5, 0.5),), "flow_prediction"  # levels, where only work is counted
@@ -205,14 +205,16 @@ def cells_to_keep(
         latents: [B, N, C], in place of pictures for a copy that counts FLOPs, which knows none.
         grid: rows and columns of the tokens.
     """
-    side, (height, width) = config.merged_side, grid
+    side, (height, width), selector = config.merged_side, grid, which.get(config.selector)
     noise = torch.rand(1, height * width, generator=torch.Generator().manual_seed(100_003 * config.seed + step))
     ages = torch.zeros(1, height * width, device=latents.device)
     where = SimpleNamespace(layer=0, stream="image", step=step)
-    tokens, last = ([*(picture for (picture,) in known.pictures), latents, latents])[:2]
-    observed = {**dict.fromkeys(OBSERVED, ages), "last_tokens": last, **known.memory.observed}
+    tokens, last = [*(picture for (picture,) in known.pictures), latents, latents][:2]
+    observed = dict.fromkeys(selector.needs, ages) | known.memory.observed
+    if "last_tokens" in selector.needs:
+        observed["last_tokens"] = last
     context = which.SelectionContext(tokens, ages, store.sent(noise, tokens.device), count * side**2, grid, 0, where, observed)
-    scores = which.scored(which.get(config.selector), config.selector, context, len(tokens)).float().mean(0)
+    scores = which.scored(selector, config.selector, context, len(tokens)).float().mean(0)
     order = F.avg_pool2d(scores.view(1, height, width), side).flatten().argsort(descending=True)
     return order[:count].sort().values, order[count:].sort().values
 

@@ -268,6 +268,10 @@ def test_whole_tokens_beside_merged_ones_go_with_everything_else():
         dit_accel.apply(PIPELINES["pixart"][0](), config)
     with pytest.raises(ValueError, match="'cross-entropy' needs entropy, not observed of cells; choose one of random, attention"):
         dit_accel.apply(pipe, OutputCacheConfig(merged_steps=4, merged_keep=0.4, selector="cross-entropy"))
+    asks_for_nothing = lambda context: context.attention
+    with dit_accel.applied(pipe, OutputCacheConfig(interval=1, merged_steps=4, merged_keep=0.4, selector=asks_for_nothing)):
+        with pytest.raises(ValueError, match="context.attention, which is kept only on request"):
+            call(pipe, steps=6)
 
 
 def tokens_of(cells, width, side=2):
