@@ -172,7 +172,8 @@ def broken_by(table: pd.DataFrame) -> list[str]:
             text = interval_text(part, "+.2f")
             cells.append(f"**{text}**" if part["high"] < 0 else text)
         lost = broken(row, list(ASPECTS))
-        rows.append([*cells, ASPECTS[lost[0]] if lost else "nothing"])
+        parts = [ASPECTS[score] for score in lost if ":" in score]  # of the picture
+        rows.append([*cells, parts[0] if parts else "nothing but the score" if lost else "nothing"])
     return rows_of(["method", "measured", "PSNR, dB", *ASPECTS.values(), "first to break"], rows)
 
 
