@@ -43,7 +43,7 @@ def cached(selector):
         (lambda: TokenCacheConfig(selector="atention"), r"no selector 'atention'\. Did you mean attention\? Known selectors: "),
         (lambda: OutputCacheConfig(selector="randon"), r"Did you mean random\?"),
         (lambda: OutputCacheConfig(how="tailor"), r"no method 'tailor'\. Did you mean taylor\? Known methods: reuse"),
-        (lambda: OutputCacheConfig(when="mine"), r"no rule 'mine'\. Known rules: none\."),
+        (lambda: OutputCacheConfig(when="mine"), r"no rule 'mine'\. Known rules: "),
         (lambda: TokenCacheConfig.preset("toca-flx"), r"no preset 'toca-flx'\. Did you mean toca-flux\? Known presets: toca-flux"),
         (lambda: TokenCacheConfig(fill="forcast"), r"fill must be one of reuse, forecast, not 'forcast'\. Did you mean forecast\?"),
     ],

@@ -297,7 +297,7 @@ OPTIONS = [  # each set can be given at once
     )),
     ("output", dict(
         full_steps=[0, 2], warmup_steps=2, guidance_steps=[0, 2], how="taylor", order=[1, 2], guidance_order=1,
-        damping=[0.5, 1.0], compute_ratio=0.3, selector="stratified", attention="fresh", seed=5,
+        damping=[0.5, 1.0], compute_ratio=0.3, selector="stratified", age_weight=0.5, attention="fresh", seed=5,
     )),
     ("output", dict(sampler_steps=[0, 0.25, 0.4, 0.8], full_steps=[0, 2], correct=0.5, space="data")),
     ("output", dict(full_steps=[0, 1, 2], merged_steps=[0, 1], merged_side=2)),
