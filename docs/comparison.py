@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -141,15 +142,18 @@ def page(path: Path = typer.Option(PAGE, help="The page.")) -> None:
 
 @app.command()
 def compression(
-    run: Path | None = typer.Argument(None, help="Of which to keep what the page needs; without one, the page is written alone."),
+    runs: list[Path] | None = typer.Argument(
+        None, help="Of which to keep what the page needs: one, or several with other prompts, the first of which was timed."
+    ),
     path: Path = typer.Option(HERE / "compression.md", help="The page."),
 ) -> None:
-    """Renew compression.md."""
+    """Renew compression.md, from runs or from what was kept of them."""
     data = HERE / "data" / "compression"
-    if run is not None:
+    if runs:
         data.mkdir(exist_ok=True)
-        read = read_run(RunFolder(run))
-        whole = len(read.spec["prompts"]) * read.spec["seeds"]
+        read, *more = (read_run(RunFolder(run)) for run in runs)
+        read = replace(read, rows=pd.concat([one.rows for one in (read, *more)], ignore_index=True))
+        whole = sum(len(one.spec["prompts"]) * one.spec["seeds"] for one in (read, *more))
         for name, table in methods(read, RESAMPLES).groupby("pipeline", sort=False):
             rows = read.rows[(read.rows["pipeline"] == name) & (read.rows["kind"] != "no-op")]
             if (rows.groupby("method").size() == whole).all() and table["seconds"].notna().all():
