@@ -160,6 +160,8 @@ def compression(
                 rows[[*KEPT, *ASPECTS]].to_parquet(data / f"{name}.parquet", index=False, compression="zstd")
                 known = table[table["kind"] != "no-op"].drop(columns="key")
                 write_atomically(data / f"{name}.csv", known.to_csv(index=False).encode())
+            else:
+                typer.echo(f"{name} lacks pictures or seconds and stays as it was on the page.")
     text = path.read_text(encoding="utf-8")
     for file in sorted(data.glob("*.csv")):
         text = filled(text, file.stem, broken_by(pd.read_csv(file)), path.name)

@@ -12,7 +12,7 @@ from dit_accel import OutputCacheConfig, TokenCacheConfig, TokenMergeConfig, how
 @pytest.fixture(autouse=True)
 def names_of_a_test_end_with_it(monkeypatch):
     monkeypatch.setattr(how, "HOW", dict(how.HOW))
-    monkeypatch.setattr(when, "WHEN", dict(when.WHEN))
+    monkeypatch.setattr(when, "WHEN", {})  # dit_accel has none of its own; other tests may have left theirs
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def cached(selector):
         (lambda: TokenCacheConfig(selector="atention"), r"no selector 'atention'\. Did you mean attention\? Known selectors: "),
         (lambda: OutputCacheConfig(selector="randon"), r"Did you mean random\?"),
         (lambda: OutputCacheConfig(how="tailor"), r"no method 'tailor'\. Did you mean taylor\? Known methods: reuse"),
-        (lambda: OutputCacheConfig(when="mine"), r"no rule 'mine'\. Known rules: "),
+        (lambda: OutputCacheConfig(when="mine"), r"no rule 'mine'\. Known rules: none\."),
         (lambda: TokenCacheConfig.preset("toca-flx"), r"no preset 'toca-flx'\. Did you mean toca-flux\? Known presets: toca-flux"),
         (lambda: TokenCacheConfig(fill="forcast"), r"fill must be one of reuse, forecast, not 'forcast'\. Did you mean forecast\?"),
     ],
