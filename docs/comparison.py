@@ -17,13 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import typer
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import spearmanr
 
-from dit_accel.eval.drawing import COLORS, style
+from dit_accel.eval.drawing import COLORS, labels_apart, style
 from dit_accel.eval.fidelity import decibels
 from dit_accel.eval.folder import RunFolder
 from dit_accel.eval.report import methods, read_run
@@ -66,9 +67,11 @@ class Kept:
     """What is kept of a run: of one pipeline at one scope."""
 
     def __init__(self, path: Path) -> None:
-        self.path, record = path, json.loads(path.read_text(encoding="utf-8"))
-        self.pipeline, self.scope, self.score, self.margin = (record[name] for name in ("pipeline", "scope", "score", "margin"))
-        self.methods: dict[str, dict[str, float]] = record["methods"]
+        self.path, self.record = path, json.loads(path.read_text(encoding="utf-8"))
+        self.pipeline, self.scope, self.score, self.margin = (
+            self.record[name] for name in ("pipeline", "scope", "score", "margin")
+        )
+        self.methods: dict[str, dict[str, float]] = self.record["methods"]
 
     @property
     def title(self) -> str:
@@ -98,32 +101,66 @@ class Kept:
         return compared
 
 
+def finished(path: Path) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, Path]:
+    """Of a finished run: what others must share to be put together with it, its rows, its summary, and where it is kept."""
+    folder = RunFolder(path)
+    spec, rows, times = folder.begun["spec"], *(pd.read_parquet(path / f"{kind}.parquet") for kind in ("results", "timing"))
+    pipeline, score = spec["pipelines"][0], spec["scores"][0]
+    [scope] = {SCOPES[found["section"]] for name in set(rows["method"]) if (found := METHOD.fullmatch(name))}
+    same = {"pipeline": pipeline, "scope": scope, "score": score, "margin": spec["margin"]}
+    same |= {key: folder.begun[key] for key in ("resolved", "versions")}
+    rows = rows[rows["kind"] != "no-op"]
+    return (
+        same,
+        rows,
+        summarize(rows, times, score=score, margin=spec["margin"]).set_index("method"),
+        DATA / f"{scope}-{pipeline}.json",
+    )
+
+
 @app.command()
 def keep(runs: list[Path]) -> None:
-    """Keep what the page needs of finished runs, and draw their pictures."""
+    """Keep what the page needs of finished runs: rows, and of the first of a pipeline and scope also seconds, maps and pictures.
+
+    The rows of a run with other prompts are added to those that are kept; one with any of the same prompts replaces all.
+    """
     for path in runs:
-        folder = RunFolder(path)
-        spec, rows, times = folder.begun["spec"], *(pd.read_parquet(path / f"{kind}.parquet") for kind in ("results", "timing"))
-        pipeline, score = spec["pipelines"][0], spec["scores"][0]
-        summary = summarize(rows, times, score=score, margin=spec["margin"]).set_index("method")
-        maps = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((path / "maps").glob("*.json"))]
+        same, rows, summary, record = finished(path)
+        made, table = rows[[*KEPT, same["score"]]], record.with_suffix(".parquet")
+        if record.exists() and not set((before := Kept(record)).rows["prompt"]) & set(made["prompt"]):
+            other = {key for key, value in same.items() if before.record[key] != value}
+            if other or set(made["method"]) != set(before.methods):
+                raise ValueError(f"{path} and {record} differ in {', '.join(sorted(other)) or 'their methods'}.")
+            pd.concat([before.rows, made], ignore_index=True).to_parquet(table, index=False, compression="zstd")
+            continue
         figures = {name: {key: float(row[key]) for key in ("speedup", "flops_ratio")} for name, row in summary.iterrows()}
-        for one in maps:
+        for file in (path / "maps").glob("*.json"):
+            one = json.loads(file.read_text(encoding="utf-8"))
             figures[one["method"]] |= {key: one[key] for key in ("uniformity", "coverage")}
-        [scope] = {SCOPES[found["section"]] for name in figures if (found := METHOD.fullmatch(name))}
-        record = {"pipeline": pipeline, "scope": scope, "score": score, "margin": spec["margin"], "methods": figures}
-        record |= {key: folder.begun[key] for key in ("resolved", "versions")}
         DATA.mkdir(exist_ok=True)
-        stem = DATA / f"{scope}-{pipeline}"
-        rows.loc[rows["kind"] != "no-op", [*KEPT, score]].to_parquet(stem.with_suffix(".parquet"), index=False, compression="zstd")
-        write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=1).encode())
-        write_atomically(FIGURES / f"selectors-{scope}-{pipeline}.webp", pictures(Kept(stem.with_suffix(".json")), rows, path))
+        made.to_parquet(table, index=False, compression="zstd")
+        write_atomically(record, json.dumps(same | {"methods": figures}, indent=1).encode())
+        write_atomically(FIGURES / f"selectors-{same['scope']}-{same['pipeline']}.webp", pictures(Kept(record), rows, path))
 
 
 @app.command()
-def page(path: Path = typer.Option(PAGE, help="The page.")) -> None:
+def seconds(runs: list[Path]) -> None:
+    """Take the speedups from finished runs, of a few prompts on an idle machine, say, in place of those that are kept."""
+    for path in runs:
+        _, _, summary, record = finished(path)
+        before = Kept(record)
+        for name, figures in before.methods.items():
+            figures["speedup"] = float(summary.loc[name, "speedup"])
+        write_atomically(record, json.dumps(before.record, indent=1).encode())
+
+
+@app.command()
+def page(
+    path: Path = typer.Option(PAGE, help="The page."), figures: bool = typer.Option(True, help="Draw the figures, too.")
+) -> None:
     """Renew the tables between the marks, and the figures, of all runs that are kept."""
-    text, kept = path.read_text(encoding="utf-8"), [Kept(file) for file in sorted(DATA.glob("*.json"), reverse=True)]
+    text = path.read_text(encoding="utf-8")
+    kept = sorted((Kept(file) for file in DATA.glob("*.json")), key=lambda one: (one.scope == "model", one.pipeline))
     for one in kept:
         name = f"{one.scope} {one.pipeline}"
         for interval in INTERVALS:
@@ -132,11 +169,12 @@ def page(path: Path = typer.Option(PAGE, help="The page.")) -> None:
         if one.scope == "module":
             text = filled(text, f"{one.pipeline} steps", steps(one))
     text = filled(text, "explained", explained(kept))
+    text = filled(text, "prompts", [f"- {one.title}: {len(one.scores)} prompts" for one in kept])
     with style():
-        for scope in SCOPES.values():
+        for scope in SCOPES.values() if figures else ():
             if some := [one for one in kept if one.scope == scope]:
                 forest(some).savefig(FIGURES / f"selectors-against-random-{scope}.png", dpi=130)
-        scatter(kept).savefig(FIGURES / "selectors-coverage.png", dpi=130)
+                scatter(some).savefig(FIGURES / f"selectors-coverage-{scope}.png", dpi=100)
     write_atomically(path, text.encode())
 
 
@@ -146,18 +184,26 @@ def compression(
         None, help="Of which to keep what the page needs: one, or several with other prompts, the first of which was timed."
     ),
     path: Path = typer.Option(HERE / "compression.md", help="The page."),
+    add: bool = typer.Option(False, help="Add what was kept of earlier runs with other prompts, whose seconds go."),
 ) -> None:
     """Renew compression.md, from runs or from what was kept of them."""
     data = HERE / "data" / "compression"
     if runs:
         data.mkdir(exist_ok=True)
         read, *more = (read_run(RunFolder(run)) for run in runs)
-        read = replace(read, rows=pd.concat([one.rows for one in (read, *more)], ignore_index=True))
-        whole = sum(len(one.spec["prompts"]) * one.spec["seeds"] for one in (read, *more))
-        for name, table in methods(read, RESAMPLES).groupby("pipeline", sort=False):
-            rows = read.rows[(read.rows["pipeline"] == name) & (read.rows["kind"] != "no-op")]
-            if (rows.groupby("method").size() == whole).all() and table["seconds"].notna().all():
-                rows[[*KEPT, *ASPECTS]].to_parquet(data / f"{name}.parquet", index=False, compression="zstd")
+        rows = pd.concat([one.rows for one in (read, *more)], ignore_index=True)
+        whole = dict.fromkeys(rows["pipeline"], sum(len(one.spec["prompts"]) * one.spec["seeds"] for one in (read, *more)))
+        for name in whole if add else ():
+            made = rows[rows["pipeline"] == name]
+            kept = pd.read_parquet(data / f"{name}.parquet")
+            kept = kept[~kept["prompt"].isin(made["prompt"])]
+            kinds = made.drop_duplicates("method").set_index("method")["kind"]
+            rows = pd.concat([rows, kept.assign(pipeline=name, kind=kept["method"].map(kinds))], ignore_index=True)
+            whole[name] += len(kept) // kept["method"].nunique() if len(kept) else 0
+        for name, table in methods(replace(read, rows=rows), RESAMPLES).groupby("pipeline", sort=False):
+            made = rows[(rows["pipeline"] == name) & (rows["kind"] != "no-op")]
+            if (made.groupby("method").size() == whole[name]).all() and table["seconds"].notna().all():
+                made[[*KEPT, *ASPECTS]].to_parquet(data / f"{name}.parquet", index=False, compression="zstd")
                 known = table[table["kind"] != "no-op"].drop(columns="key")
                 write_atomically(data / f"{name}.csv", known.to_csv(index=False).encode())
             else:
@@ -231,7 +277,7 @@ def table(kept: Kept, interval: int) -> list[str]:
 def ages(kept: Kept) -> list[str]:
     """What an age weight of 0.25 changes, selector by selector."""
     rows = []
-    for interval in INTERVALS:
+    for interval in sorted(INTERVALS):
         for selector in SHOWN[:-1]:
             pair = [kept.label(interval, selector, age) for age in AGES]
             changes = [compare(values[pair], pair[0], margin=kept.margin).iloc[0] for values in (kept.likeness, kept.scores)]
@@ -255,7 +301,7 @@ def explained(kept: list[Kept]) -> list[str]:
     """Rank correlations of uniformity and coverage with what came out, over all selectors, without and with age."""
     rows = []
     for one in kept:
-        for interval in INTERVALS:
+        for interval in sorted(INTERVALS):
             names = [m for m in one.methods if (found := setting(m)) and found[0] == interval and found[1] != NOTHING]
             ranks = []
             for figure in ("uniformity", "coverage"):
@@ -291,7 +337,7 @@ def forest(kept: list[Kept]) -> Figure:
     for line, one in zip(axes, kept, strict=True):
         for axis, values, what in zip(line, (one.likeness, one.scores), ("PSNR, dB", one.score), strict=True):
             compared = {interval: one.against(values, interval) for interval in INTERVALS}
-            names = [name for name, _ in compared[INTERVALS[0]].index]
+            names = [name for name in SHOWN if name != REFERENCE]
             axis.axvline(0, color="#555555", lw=1)
             for i, (interval, rows) in enumerate(compared.items()):
                 for y, name in enumerate(names):
@@ -307,29 +353,44 @@ def forest(kept: list[Kept]) -> Figure:
 
 
 def scatter(kept: list[Kept]) -> Figure:
-    """Difference to `random` in dB against uniformity and coverage; a line joins a selector without and with age."""
-    figure = Figure(figsize=(9, 3.6 * len(kept)), layout="constrained")
-    for line, one in zip(figure.subplots(len(kept), 2, squeeze=False, sharey="row"), kept, strict=True):
-        compared = one.against(one.likeness, INTERVALS[0], AGES)
-        for axis, figured in zip(line, ("uniformity", "coverage"), strict=True):
-            for name in dict.fromkeys(name for name, _ in compared.index if name != NOTHING):
+    """Differences to `random` against uniformity and coverage; a line joins a selector without and with age."""
+    figure = Figure(figsize=(16, 3.6 * len(kept)), layout="constrained")
+    for line, one in zip(figure.subplots(len(kept), 4, squeeze=False), kept, strict=True):
+        measures = ((one.likeness, "PSNR, dB"), (one.scores, one.score))
+        panels = [(*measure, figured) for measure in measures for figured in ("uniformity", "coverage")]
+        for axis, (values, what, figured) in zip(line, panels, strict=True):
+            compared = one.against(values, INTERVALS[0], AGES)
+            places, bars = [], []
+            for name in SHOWN[:-1]:
                 x = [one.methods[one.label(INTERVALS[0], name, age)][figured] for age in AGES]
-                found = [compared.loc[key] if (key := (name, age)) in compared.index else None for age in AGES]
-                y = [0.0 if row is None else row["difference"] for row in found]
+                rows = [compared.loc[(name, age)] if (name, age) in compared.index else None for age in AGES]
+                y = [0.0 if row is None else row["difference"] for row in rows]
                 axis.plot(x, y, color="#999999", lw=1)
-                for place, height, row, color, marker in zip(x, y, found, COLORS, "os", strict=False):
+                for place, height, row, color, marker in zip(x, y, rows, COLORS, "os", strict=False):
+                    places.append((place, height))
                     if row is not None:
+                        bars.append([(place, row["low"]), (place, row["high"])])
                         axis.plot([place] * 2, [row["low"], row["high"]], color=color, alpha=0.4)
                     axis.plot(place, height, marker, color=color)
-                axis.annotate(name, (x[0], y[0]), (5, 4), textcoords="offset points", fontsize=8)
             for age, color, marker in zip(AGES, COLORS, "os", strict=False):
                 axis.plot([], [], marker, color=color, label=f"age weight {age:g}")
-            axis.set(
-                title=one.title, xlabel=f"{figured} of selections, interval {INTERVALS[0]}", ylabel="PSNR: difference to random, dB"
-            )
-            axis.margins(x=0.15)
-        line[0].legend(loc="best")
+            axis.set(title=one.title, xlabel=f"{figured}, interval {INTERVALS[0]}", ylabel=f"{what}: difference to random")
+            axis.margins(x=0.15, y=0.1)
+            named(figure, axis, places, bars)
+        line[0].legend(loc="best", fontsize=8)
     return figure
+
+
+def named(figure: Figure, axis: Any, places: list[tuple[float, float]], bars: list[list[tuple[float, float]]]) -> None:
+    """Every selector's name beside its mark at age weight 0, where it covers no mark."""
+    figure.draw_without_rendering()
+    points, *lines = (axis.transData.transform(some) * 72 / figure.dpi for some in (places, *bars))
+    frame = np.asarray(axis.get_window_extent().extents) * 72 / figure.dpi
+    order = [*range(0, len(points), 2), *range(1, len(points), 2)]  # those with a name first
+    texts = [*SHOWN[:-1], *[""] * (len(points) // 2)]
+    moves = labels_apart(points[order], texts, frame, [line.ravel() for line in lines])
+    for text, i, move in zip(SHOWN[:-1], order, moves, strict=False):
+        axis.annotate(text, places[i], move, textcoords="offset points", ha="center", va="center", fontsize=8).set(in_layout=False)
 
 
 if __name__ == "__main__":
