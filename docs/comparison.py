@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import spearmanr
 
-from dit_accel.eval.drawing import COLORS, labels_apart, style
+from dit_accel.eval.drawing import COLORS, moves_apart, style
 from dit_accel.eval.fidelity import decibels
 from dit_accel.eval.folder import RunFolder
 from dit_accel.eval.report import methods, read_run
@@ -101,21 +101,21 @@ class Kept:
         return compared
 
 
-def finished(path: Path) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, Path]:
-    """Of a finished run: what others must share to be put together with it, its rows, its summary, and where it is kept."""
+def finished(path: Path) -> tuple[dict[str, Any], pd.DataFrame, Path]:
+    """Of a finished run: what others must share to be put together with it, its rows, and where it is kept."""
     folder = RunFolder(path)
-    spec, rows, times = folder.begun["spec"], *(pd.read_parquet(path / f"{kind}.parquet") for kind in ("results", "timing"))
-    pipeline, score = spec["pipelines"][0], spec["scores"][0]
+    spec, rows = folder.begun["spec"], pd.read_parquet(path / "results.parquet")
+    pipeline = spec["pipelines"][0]
     [scope] = {SCOPES[found["section"]] for name in set(rows["method"]) if (found := METHOD.fullmatch(name))}
-    same = {"pipeline": pipeline, "scope": scope, "score": score, "margin": spec["margin"]}
+    same = {"pipeline": pipeline, "scope": scope, "score": spec["scores"][0], "margin": spec["margin"]}
     same |= {key: folder.begun[key] for key in ("resolved", "versions")}
-    rows = rows[rows["kind"] != "no-op"]
-    return (
-        same,
-        rows,
-        summarize(rows, times, score=score, margin=spec["margin"]).set_index("method"),
-        DATA / f"{scope}-{pipeline}.json",
-    )
+    return same, rows[rows["kind"] != "no-op"], DATA / f"{scope}-{pipeline}.json"
+
+
+def costs(path: Path, same: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
+    """The summary of a finished run, by method."""
+    times = pd.read_parquet(path / "timing.parquet")
+    return summarize(rows, times, score=same["score"], margin=same["margin"]).set_index("method")
 
 
 @app.command()
@@ -125,7 +125,7 @@ def keep(runs: list[Path]) -> None:
     The rows of a run with other prompts are added to those that are kept; one with any of the same prompts replaces all.
     """
     for path in runs:
-        same, rows, summary, record = finished(path)
+        same, rows, record = finished(path)
         made, table = rows[[*KEPT, same["score"]]], record.with_suffix(".parquet")
         if record.exists() and not set((before := Kept(record)).rows["prompt"]) & set(made["prompt"]):
             other = {key for key, value in same.items() if before.record[key] != value}
@@ -133,7 +133,9 @@ def keep(runs: list[Path]) -> None:
                 raise ValueError(f"{path} and {record} differ in {', '.join(sorted(other)) or 'their methods'}.")
             pd.concat([before.rows, made], ignore_index=True).to_parquet(table, index=False, compression="zstd")
             continue
-        figures = {name: {key: float(row[key]) for key in ("speedup", "flops_ratio")} for name, row in summary.iterrows()}
+        figures = {
+            name: {key: float(row[key]) for key in ("speedup", "flops_ratio")} for name, row in costs(path, same, rows).iterrows()
+        }
         for file in (path / "maps").glob("*.json"):
             one = json.loads(file.read_text(encoding="utf-8"))
             figures[one["method"]] |= {key: one[key] for key in ("uniformity", "coverage")}
@@ -147,8 +149,8 @@ def keep(runs: list[Path]) -> None:
 def seconds(runs: list[Path]) -> None:
     """Take the speedups from finished runs, of a few prompts on an idle machine, say, in place of those that are kept."""
     for path in runs:
-        _, _, summary, record = finished(path)
-        before = Kept(record)
+        same, rows, record = finished(path)
+        before, summary = Kept(record), costs(path, same, rows)
         for name, figures in before.methods.items():
             figures["speedup"] = float(summary.loc[name, "speedup"])
         write_atomically(record, json.dumps(before.record, indent=1).encode())
@@ -199,7 +201,7 @@ def compression(
             kept = kept[~kept["prompt"].isin(made["prompt"])]
             kinds = made.drop_duplicates("method").set_index("method")["kind"]
             rows = pd.concat([rows, kept.assign(pipeline=name, kind=kept["method"].map(kinds))], ignore_index=True)
-            whole[name] += len(kept) // kept["method"].nunique() if len(kept) else 0
+            whole[name] += len(kept[["prompt", "seed"]].drop_duplicates())
         for name, table in methods(replace(read, rows=rows), RESAMPLES).groupby("pipeline", sort=False):
             made = rows[(rows["pipeline"] == name) & (rows["kind"] != "no-op")]
             if (made.groupby("method").size() == whole[name]).all() and table["seconds"].notna().all():
@@ -383,12 +385,9 @@ def scatter(kept: list[Kept]) -> Figure:
 
 def named(figure: Figure, axis: Any, places: list[tuple[float, float]], bars: list[list[tuple[float, float]]]) -> None:
     """Every selector's name beside its mark at age weight 0, where it covers no mark."""
-    figure.draw_without_rendering()
-    points, *lines = (axis.transData.transform(some) * 72 / figure.dpi for some in (places, *bars))
-    frame = np.asarray(axis.get_window_extent().extents) * 72 / figure.dpi
-    order = [*range(0, len(points), 2), *range(1, len(points), 2)]  # those with a name first
-    texts = [*SHOWN[:-1], *[""] * (len(points) // 2)]
-    moves = labels_apart(points[order], texts, frame, [line.ravel() for line in lines])
+    order = [*range(0, len(places), 2), *range(1, len(places), 2)]  # those with a name first
+    texts = [*SHOWN[:-1], *[""] * (len(places) // 2)]
+    moves = moves_apart(figure, axis, np.array(places)[order], texts, [np.array(bar) for bar in bars])
     for text, i, move in zip(SHOWN[:-1], order, moves, strict=False):
         axis.annotate(text, places[i], move, textcoords="offset points", ha="center", va="center", fontsize=8).set(in_layout=False)
 

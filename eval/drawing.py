@@ -150,11 +150,7 @@ def points(
         dot = mark(shades[row.key], row)
         dot.set(xdata=[x[i]], ydata=[y[i]], gid=gid(row.key, "point"), zorder=3)
         axes.add_line(dot)
-    figure.draw_without_rendering()
-    places = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
-    lines = [axes.transData.transform(bar).ravel() * 72 / figure.dpi for bar in bars]
-    frame = np.asarray(axes.get_window_extent().extents) * 72 / figure.dpi
-    moves = labels_apart(places, [str(number) for number in known["number"]], frame, lines)
+    moves = moves_apart(figure, axes, np.column_stack([x, y]), [str(number) for number in known["number"]], bars)
     for row, place, move in zip(known.itertuples(), zip(x, y, strict=True), moves, strict=True):
         line = {"arrowstyle": "-", "color": "#888888", "lw": 0.7, "shrinkA": 0, "shrinkB": 3} if np.hypot(*move) > 12 else None
         note = axes.annotate(str(row.number), place, move, textcoords="offset points", ha="center", va="center", arrowprops=line)
@@ -169,6 +165,16 @@ def mark_cuts(axes: Axes, bar: list[float], still: float, flat: bool, **look: An
     for cut, end, arrow in ((bar[0] < low, low, "<" if flat else "v"), (bar[1] > high, high, ">" if flat else "^")):
         if cut:
             axes.plot(*((end, still) if flat else (still, end)), arrow, ms=7, mew=0, clip_on=False, **look)
+
+
+def moves_apart(
+    figure: Figure, axes: Axes, places: NDArray[np.float64], texts: list[str], bars: list[NDArray[np.float64]]
+) -> list[tuple[float, float]]:
+    """`labels_apart` of points [n, 2] and bars [2, 2] that are given in the axes' own units."""
+    figure.draw_without_rendering()
+    points, *lines = (axes.transData.transform(some) * 72 / figure.dpi for some in (places, *bars))
+    frame = np.asarray(axes.get_window_extent().extents) * 72 / figure.dpi
+    return labels_apart(points, texts, frame, [line.ravel() for line in lines])
 
 
 def labels_apart(
