@@ -30,7 +30,7 @@ from dit_accel.eval.folder import RunFolder
 from dit_accel.eval.report import methods, read_run
 from dit_accel.eval.spec import FULL
 from dit_accel.eval.statistics import compare, per_prompt
-from dit_accel.eval.summary import RESAMPLES, broken, summarize
+from dit_accel.eval.summary import RESAMPLES, broken, cost
 from dit_accel.pipelines.pictures import side_by_side, write_atomically
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
@@ -112,12 +112,6 @@ def finished(path: Path) -> tuple[dict[str, Any], pd.DataFrame, Path]:
     return same, rows[rows["kind"] != "no-op"], DATA / f"{scope}-{pipeline}.json"
 
 
-def costs(path: Path, same: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
-    """The summary of a finished run, by method."""
-    times = pd.read_parquet(path / "timing.parquet")
-    return summarize(rows, times, score=same["score"], margin=same["margin"]).set_index("method")
-
-
 @app.command()
 def keep(runs: list[Path]) -> None:
     """Keep what the page needs of finished runs: rows, and of the first of a pipeline and scope also seconds, maps and pictures.
@@ -133,9 +127,8 @@ def keep(runs: list[Path]) -> None:
                 raise ValueError(f"{path} and {record} differ in {', '.join(sorted(other)) or 'their methods'}.")
             pd.concat([before.rows, made], ignore_index=True).to_parquet(table, index=False, compression="zstd")
             continue
-        figures = {
-            name: {key: float(row[key]) for key in ("speedup", "flops_ratio")} for name, row in costs(path, same, rows).iterrows()
-        }
+        costs = cost(pd.read_parquet(path / "timing.parquet"))[["speedup", "flops_ratio"]]
+        figures = {name: costs.loc[name].to_dict() for name in made["method"].unique()}
         for file in (path / "maps").glob("*.json"):
             one = json.loads(file.read_text(encoding="utf-8"))
             figures[one["method"]] |= {key: one[key] for key in ("uniformity", "coverage")}
@@ -149,10 +142,10 @@ def keep(runs: list[Path]) -> None:
 def seconds(runs: list[Path]) -> None:
     """Take the speedups from finished runs, of a few prompts on an idle machine, say, in place of those that are kept."""
     for path in runs:
-        same, rows, record = finished(path)
-        before, summary = Kept(record), costs(path, same, rows)
+        _, _, record = finished(path)
+        before, costs = Kept(record), cost(pd.read_parquet(path / "timing.parquet"))
         for name, figures in before.methods.items():
-            figures["speedup"] = float(summary.loc[name, "speedup"])
+            figures["speedup"] = float(costs.loc[name, "speedup"])
         write_atomically(record, json.dumps(before.record, indent=1).encode())
 
 

@@ -56,7 +56,7 @@ def summarize(
     for name, some in rows.groupby("pipeline", sort=False):
         timed = times[times["pipeline"] == name]
         scored = _scored(some, score)
-        part = _quality(some, scored, margin, resamples).join(_cost(timed))
+        part = _quality(some, scored, margin, resamples).join(cost(timed))
         if name in (baselines or {}):
             part = part.join(_matched(some, timed, scored, margin, resamples, (baselines or {})[name]))
         for column in {"score", "seconds"} - set(part):  # nothing was scored, or timed
@@ -178,8 +178,8 @@ def non_inferior_text(row: dict[str, Any]) -> str:
     return "too few prompts" if pd.isna(row["non_inferior"]) else "yes" if row["non_inferior"] else "no"
 
 
-def _cost(times: pd.DataFrame) -> pd.DataFrame:
-    """One row a method: seconds, ratios to full in the same round, FLOPs, memory."""
+def cost(times: pd.DataFrame) -> pd.DataFrame:
+    """One row a method of one pipeline: seconds, ratios to full in the same round, FLOPs, memory; columns as of `summarize`."""
     good = times[times["error"].isna()]
     result: dict[Any, dict[str, float]] = {}
     full = good[good["method"] == FULL].set_index("round")

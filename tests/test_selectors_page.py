@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -73,3 +74,34 @@ def test_figures_are_those_of_the_pictures(record):
         without, aged = (methods[int(interval), selector, age] for age in ("0", "0.25"))
         assert float(closer.split()[0]) == pytest.approx((likeness[aged] - likeness[without]).mean(), abs=0.006)
         assert float(better.split()[0]) == pytest.approx((score[aged] - score[without]).mean(), abs=6e-4)
+
+
+def test_rows_of_other_prompts_are_added(tmp_path, monkeypatch):
+    """A record is cut in two runs with other prompts: the second is added to the first, unless it was made otherwise."""
+    whole, values = pd.read_parquet(RECORDS[0].with_suffix(".parquet")), json.loads(RECORDS[0].read_text())
+    monkeypatch.setattr(comparison, "DATA", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    record = tmp_path / "data" / RECORDS[0].name
+    record.write_text(json.dumps(values))
+    first = whole["prompt"].isin(whole["prompt"].unique()[::2])
+    whole[first].to_parquet(record.with_suffix(".parquet"))
+
+    def run(name: str, rows: pd.DataFrame, **changes: object) -> Path:
+        begun = {"spec": {"pipelines": [values["pipeline"]], "scores": [values["score"]], "margin": values["margin"]}}
+        begun |= {"resolved": values["resolved"], "versions": values["versions"], "labels": {}, "batches": []} | changes
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "spec.json").write_text(json.dumps(begun))
+        rows.assign(pipeline=values["pipeline"], kind="cache").to_parquet(tmp_path / name / "results.parquet")
+        return tmp_path / name
+
+    comparison.keep([run("rest", whole[~first])])
+    order = ["method", "prompt", "seed"]
+    added = pd.read_parquet(record.with_suffix(".parquet")).sort_values(order, ignore_index=True)
+    pd.testing.assert_frame_equal(added, whole.sort_values(order, ignore_index=True))
+    assert json.loads(record.read_text()) == values
+
+    other = whole[~first].assign(prompt="another " + whole["prompt"])
+    with pytest.raises(ValueError, match="differ in versions"):
+        comparison.keep([run("newer", other, versions=values["versions"] | {"torch": "3.0"})])
+    with pytest.raises(ValueError, match="differ in their methods"):
+        comparison.keep([run("fewer", other[other["method"] != "full"])])
