@@ -54,8 +54,6 @@ class Quality:
         self.owners = {row["method"]: row["by"] for row in self.search["rows"]}
         reached = {row["method"] for row in self.search["rows"] if statistics.median(row["speedups"]) >= REACHED * TARGETS[0]}
         self.none = [method for method in self.owners if method not in reached]
-        shipped = json.loads((SHIPPED / f"{name}.json").read_text())["measured"]["date"]
-        self.newer = shipped if shipped > self.seconds["date"][:10] else ""  # recipes than these records
         self.without = WITHOUT["flux" if "flux" in name else "pixart"]
         names = {
             Cell(row["method"], row["setting"]).label: f"{row['method']}, {short(row['setting'])}" for row in self.search["rows"]
