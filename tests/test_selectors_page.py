@@ -47,7 +47,7 @@ def test_figures_are_those_of_the_pictures(record):
     rows, (scope, pipeline) = pd.read_parquet(record.with_suffix(".parquet")), record.stem.split("-", 1)
     page, minus = (DOCS / "selectors.md").read_text(), str.maketrans("−", "-", "*")
     sizes = rows.groupby("method").size()
-    assert (sizes == sizes["full"]).all() and sizes["full"] >= 222 and rows.groupby("prompt")["seed"].nunique().eq(3).all()
+    assert (sizes == sizes["full"]).all() and sizes["full"] == 330 and rows.groupby("prompt")["seed"].nunique().eq(3).all()
     mean = rows.groupby(["method", "prompt"])[["squared_error", "emoji-reward"]].mean().unstack("method")
     score, likeness = mean["emoji-reward"], mean["squared_error"].map(lambda error: 10 * math.log10(255**2 / (error or math.nan)))
     methods = {}
