@@ -164,7 +164,6 @@ def page(
         if one.scope == "module":
             text = filled(text, f"{one.pipeline} steps", steps(one))
     text = filled(text, "explained", explained(kept))
-    text = filled(text, "prompts", [f"- {one.title}: {len(one.scores)} prompts" for one in kept])
     with style():
         for scope in SCOPES.values() if figures else ():
             if some := [one for one in kept if one.scope == scope]:
