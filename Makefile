@@ -35,7 +35,7 @@ bench: $(STAMP)
 	$(RUN)python benchmarks/startup.py --repeats 3 --output out/bench/startup.json
 	$(RUN)python benchmarks/overhead.py --rounds 1 --pictures 2 --output out/bench/overhead.json
 	$(RUN)python benchmarks/growth.py --tokens 256 --tokens 1024 --output out/bench/growth.json --figure out/bench/growth.png
-	$(RUN)python benchmarks/width.py loops --pixels 256 --layers 2 --output out/bench/width.json
+	$(RUN)python benchmarks/width.py loops --model pixart --pixels 256 --layers 2 --output out/bench/width.json
 	$(RUN)python benchmarks/quality.py search --pipeline emoji-flux --rounds 1 --output out/bench/quality
 	$(RUN)python benchmarks/quality.py seconds --pipeline emoji-flux --rounds 2 --output out/bench/quality
 	$(RUN)python benchmarks/quality.py pictures --pipeline emoji-flux --prompts 4 --seeds 1 --output out/bench/quality

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import typer
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
-from recording import save
+from recording import fast_dtype, save
 from rich.progress import track
 from rich.table import Table
 
@@ -162,7 +162,7 @@ def main(
     tokens: list[int] = typer.Option([1024, 4096], help="Image tokens; may be repeated."),
     selectors: list[str] = typer.Option(["random"], "--selector", help="May be repeated."),
     repeats: int = typer.Option(7, min=1, help="Rounds after the first, which warms up."),
-    dtype: str = typer.Option("bfloat16"),
+    dtype: str = typer.Option(fast_dtype(), help="What is computed in; by default what the machine is fast in."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     output: Path = typer.Option(Path("out/blocks.json"), help="Where the measurements are written."),
 ) -> None:

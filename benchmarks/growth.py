@@ -28,7 +28,7 @@ import torch
 import typer
 from blocks import TEXT, WIDTHS, Stopwatch, inputs
 from meter import Meter
-from recording import rows_of, save
+from recording import fast_dtype, rows_of, save
 from rich.progress import track
 from rich.table import Table
 
@@ -212,7 +212,7 @@ def main(
     only: list[str] = typer.Option([""], help="Measure only what begins like this, 'selection' for example; may be repeated."),
     repeats: int = typer.Option(3, min=1, help="After the first call, which warms up and is metered."),
     limit: float = typer.Option(20.0, help="Seconds of a row after which it is not repeated."),
-    dtype: str = typer.Option("bfloat16"),
+    dtype: str = typer.Option(fast_dtype(), help="What is computed in; by default what the machine is fast in."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     fresh: bool = typer.Option(False, help="Measure again what the output holds already."),
     output: Path = typer.Option(Path("out/growth.json"), help="Where the measurements are written, row by row."),

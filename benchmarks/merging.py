@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import typer
 from blocks import TEXT, WIDTHS, Stopwatch, inputs
-from recording import save
+from recording import fast_dtype, save
 from rich.progress import track
 from rich.table import Table
 
@@ -119,7 +119,7 @@ def blocks(
     ratios: list[float] = typer.Option([0.25, 0.5, 0.75], "--ratio", help="May be repeated."),
     variants: list[str] = typer.Option(list(VARIANTS), "--variant", help="May be repeated."),
     repeats: int = typer.Option(5, min=1, help="Rounds after the first, which warms up."),
-    dtype: str = typer.Option("bfloat16"),
+    dtype: str = typer.Option(fast_dtype(), help="What is computed in; by default what the machine is fast in."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     output: Path = Path("out/merging-blocks.json"),
 ) -> None:

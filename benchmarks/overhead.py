@@ -115,14 +115,15 @@ def main(
     beside: Path | None = typer.Option(None, exists=True, help="Another checkout, measured in turn with this one."),
     rounds: int = typer.Option(3, min=1, help="Processes for each pipeline and checkout."),
     pictures: int = typer.Option(5, min=1, help="Pictures of each kind in a process, after the first."),
-    dtype: str = typer.Option("bfloat16"),
+    dtype: str | None = typer.Option(None, help="What is computed in; by default what the machine is fast in."),
     threads: int = typer.Option(1, help="CPU threads."),
     output: Path = typer.Option(Path("out/overhead.json"), help="Where the measurements are written."),
 ) -> None:
-    from recording import save
+    from recording import fast_dtype, save
 
     from dit_accel.pipelines.terminal import show
 
+    dtype = dtype or fast_dtype()
     checkouts = {"now": ROOT} | ({"before": beside.resolve()} if beside else {})
     found: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for _ in track(range(rounds), description="rounds"):

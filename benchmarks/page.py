@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 RECORDS = ("startup", "overhead", "growth", "width", "memory", "quantized", "quantized-width")
 NEAR = 0.12  # share by which speeds may differ that are compared in a row
 MARGIN = 0.1  # of non-inferiority, declared beforehand; as in docs/selectors.md
-BLOCKS = {"flux": "{} double and {} single blocks of FLUX", "pixart": "{} blocks of PixArt-XL"}
+BLOCKS = {"flux": "{} double and {} single blocks of FLUX.1-dev", "pixart": "{} blocks of PixArt-XL"}
 MAKERS = {"stock": "fewer steps", "dit-accel": "dit-accel", "diffusers": "diffusers", "cache-dit": "cache-dit"}
 
 

@@ -25,6 +25,12 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def fast_dtype() -> str:
+    """bfloat16, which real checkpoints run in; on CPUs without AVX-512 torch emulates its products, many times slower: float32."""
+    capable = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return "bfloat16" if capable else "float32"
+
+
 PACKAGES = ("dit-accel", "torch", "diffusers", "transformers", "cache-dit", "tomesd")
 
 

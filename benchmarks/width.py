@@ -37,7 +37,7 @@ from diffusers import (
 )
 from meter import Meter
 from peers import METHODS, applied, calibrate, steps_of
-from recording import rows_of, save
+from recording import fast_dtype, rows_of, save
 from rich.progress import track
 from rich.table import Table
 
@@ -158,7 +158,7 @@ def loops(
     methods: list[str] = typer.Option([], "--method", help="Only this one; may be repeated."),
     steps: int = typer.Option(STEPS),
     rounds: int = typer.Option(1, min=1, help="Runs of every method; runs in full are twice as many."),
-    dtype: str = typer.Option("bfloat16"),
+    dtype: str = typer.Option(fast_dtype(), help="What is computed in; by default what the machine is fast in."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     output: Path = typer.Option(Path("out/width.json"), help="Where the measurements are written; rounds it has are not repeated."),
 ) -> None:

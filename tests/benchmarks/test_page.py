@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from page import overhead_rows, quantized_rows, recipe_tables, render, spans, summary_for_readme, verdicts  # noqa: E402
 from quality import chosen  # noqa: E402
-from recording import renew  # noqa: E402
+from recording import fast_dtype, renew  # noqa: E402
 from width import extrapolated, flux_dev, summary  # noqa: E402
 
 from dit_accel.recipe import SHIPPED  # noqa: E402
@@ -80,6 +81,23 @@ def test_the_page_names_the_interval_that_is_used(tmp_path):
         rows = pd.read_parquet(file)
         rows[rows["prompt"].isin(rows["prompt"].unique()[:20])].to_parquet(file)
     assert "seeds averaged: the wider of Student's t and the bootstrap-t), bold" in render(tmp_path)[0]
+
+
+def test_the_page_says_what_was_computed_in(tmp_path):
+    for name in ("width.json", "growth.json", "overhead.json"):
+        record = (ROOT / "docs" / "data" / "benchmarks" / name).read_text()
+        (tmp_path / name).write_text(record.replace('"bfloat16"', '"float32"'))
+    text = render(tmp_path)[0]
+    assert "with random weights in float32:" in text
+    assert "of FLUX.1 at full width, float32;" in text
+    assert "Steps of the embedded pipelines in float32," in text
+
+
+@pytest.mark.parametrize("capability, dtype", [("AVX512", "bfloat16"), ("AVX2", "float32"), ("DEFAULT", "float32")])
+def test_without_instructions_for_bfloat16_real_width_is_measured_in_float32(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert fast_dtype() == dtype
 
 
 def test_pictures_of_a_setting_that_is_no_longer_chosen_are_left_out(tmp_path):
