@@ -44,17 +44,24 @@ def describe(config: Config | Sequence[Config] | None) -> str:
 
 
 def _describe_output(part: OutputCacheConfig) -> str:
+    full = part.run_steps if part.interval == 1 else None
     if part.full_steps is not None:
-        when = f"{len({0, *part.full_steps})} full steps" + (f" of {part.run_steps}" if part.run_steps else "")
-    elif part.run_steps and part.interval == 1:
-        when = f"{part.run_steps} steps"
+        full = len({0, *part.full_steps})
+    everywhere = full is not None and full == part.run_steps
+    if everywhere:
+        when = f"{full} steps"
+    elif part.full_steps is not None:
+        when = f"{full} full steps" + (f" of {part.run_steps}" if part.run_steps else "")
     elif part.tolerance is not None:
         when = f"tolerance {part.tolerance:g}"
     else:
         when = f"N={part.interval}" if part.when is None else f"when {part.when}"
     order = part.order if isinstance(part.order, tuple) else (part.order,)
-    early = ["early steps merged"] if part.merging else []
-    words = [when, *early, f"{part.how} {'/'.join(map(str, order))}"]
+    words = [when]
+    if part.merging:
+        words.append("early steps merged")
+    if not everywhere or part.guidance_steps is not None:
+        words.append(f"{part.how} {'/'.join(map(str, order))}")
     if part.compute_ratio:
         words.append(f"computing {part.compute_ratio:g} {part.selector}, attention {part.attention}")
     return ", ".join(words)

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dit_accel import OutputCacheConfig, TokenCacheConfig
+from dit_accel.pipelines.methods import describe
 from dit_accel.pipelines.pictures import (
     MANIFEST,
     as_shown,
@@ -207,3 +209,21 @@ def test_side_by_side_shows_both_pictures_enlarged_and_labels_them():
         assert page.height > row
     unlabelled = np.asarray(side_by_side("a very long prompt " * 10, [(a, ["", ""]), (b, [""])]))
     assert (pixels != unlabelled).any()
+
+
+@pytest.mark.parametrize(
+    "config, caption",
+    [
+        (None, "uncached"),
+        (TokenCacheConfig(interval=5, cache_ratio=0.9, selector="drift"), "N=5 R=0.9 drift"),
+        (OutputCacheConfig(interval=4, order=2), "N=4, polynomial 2"),
+        (OutputCacheConfig(full_steps=(0, 2, 5), how="taylor"), "3 full steps, taylor 1"),
+        (OutputCacheConfig(full_steps=(0, 2, 5), sampler_steps=8), "3 full steps of 8, polynomial 1"),
+        # Where nothing is forecast, nothing is said of forecasts.
+        (OutputCacheConfig(full_steps=(0, 1, 2), sampler_steps=3, merged_steps=(0,)), "3 steps, early steps merged"),
+        (OutputCacheConfig(interval=1, sampler_steps=7), "7 steps"),
+        (OutputCacheConfig(interval=1, sampler_steps=7, guidance_steps=2), "7 steps, polynomial 1"),
+    ],
+)
+def test_a_caption_says_which_steps_are_full_and_how_the_rest_is_made(config, caption):
+    assert describe(config) == caption
