@@ -30,7 +30,7 @@ docs: $(STAMP)
 	$(RUN)python docs/site/options.py > out/docs/docs/site/options.md
 	NO_MKDOCS_2_WARNING=1 $(RUN)python -m mkdocs build --strict
 
-# Against the published peers: ten minutes, and a page about it.
+# Part of it, with few prompts: ten minutes to half an hour, and a page about it.
 bench: $(STAMP)
 	$(RUN)python benchmarks/startup.py --repeats 3 --output out/bench/startup.json
 	$(RUN)python benchmarks/overhead.py --rounds 1 --pictures 2 --output out/bench/overhead.json
